@@ -1,0 +1,72 @@
+"""Validated settings. Frozen: a setting never changes after a cache or a codec was built from it."""
+
+from dataclasses import dataclass
+from numbers import Real
+
+from spectralquant.errors import ConfigError
+from spectralquant.presets import BIT_WIDTHS
+
+
+def require_int(name: str, value: object, low: int, high: int | None = None) -> int:
+    """`value` as an int in [low, high], or a ConfigError that names the argument and the range."""
+    limit = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, Real) or int(value) != value:
+        raise ConfigError(f"{name}={value!r}: expected {limit}; fractions are never rounded for you")
+    if value < low or (high is not None and value > high):
+        raise ConfigError(f"{name}={value!r} is out of range: expected {limit}")
+    return int(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Dials:
+    """The original API's dials; None means "not set": pure water-filling at the preset's budget.
+
+    Raises:
+        ConfigError: A dial is out of its range.
+    """
+
+    avg_bits: int | None = None
+    noise_bits: int | None = None
+    value_noise_bits: int | None = None
+    d_eff_variance: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.avg_bits is not None:
+            require_int("avg_bits", self.avg_bits, 1, 8)
+        for name in ("noise_bits", "value_noise_bits"):
+            bits = getattr(self, name)
+            if bits is not None and require_int(name, bits, 0, 8) not in BIT_WIDTHS:
+                raise ConfigError(f"{name}={bits!r}: the packed format holds widths of {BIT_WIDTHS} bits")
+        share = self.d_eff_variance
+        if share is not None and (not isinstance(share, Real) or not 0.0 < share <= 1.0):
+            raise ConfigError(f"d_eff_variance={share!r} is out of range: expected a number in (0, 1]")
+
+    @property
+    def any_set(self) -> bool:
+        return any(v is not None for v in (self.avg_bits, self.noise_bits, self.value_noise_bits, self.d_eff_variance))
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """What a cache keeps exact, in tokens, and how finely the reference attention tiles its work.
+
+    Attributes:
+        sinks: First tokens of every sequence, kept exact for ever.
+        window: Most recent tokens that are always exact; blocks of 128 leave it for the packed store.
+        max_exact_share: Bound on the share of a layer's packed tokens kept exact besides the sinks.
+        tile_tokens: Tokens of one layer that the reference attention unpacks at a time.
+    """
+
+    sinks: int = 4
+    window: int = 64
+    max_exact_share: float = 0.02
+    tile_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        require_int("sinks", self.sinks, 0, 64)
+        require_int("window", self.window, 1, 65_536)
+        require_int("tile_tokens", self.tile_tokens, 256)
+        if self.tile_tokens % 256:
+            raise ConfigError(f"tile_tokens={self.tile_tokens}: expected a multiple of 256")
+        if not 0.0 <= self.max_exact_share <= 0.25:
+            raise ConfigError(f"max_exact_share={self.max_exact_share!r} is out of range: expected 0 to 0.25")

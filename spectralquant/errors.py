@@ -1,0 +1,25 @@
+"""Every error this package raises on purpose. The text names the argument, what was got, what was expected and the remedy."""
+
+
+class SpectralQuantError(Exception):
+    """Base class: `except SpectralQuantError` catches everything below and nothing else."""
+
+
+class ConfigError(SpectralQuantError, ValueError):
+    """An argument, dial or preset is out of its range."""
+
+
+class ShapeError(SpectralQuantError, ValueError):
+    """A tensor has a shape that the codec or the cache can't take."""
+
+
+class CalibrationError(SpectralQuantError, RuntimeError):
+    """Calibration can't be carried out or is missing: too little text, no attention seen, not calibrated yet."""
+
+
+class ProfileError(SpectralQuantError, ValueError):
+    """A calibration file is missing, damaged, of another version or made for another model."""
+
+
+class UnsupportedModelError(SpectralQuantError, NotImplementedError):
+    """The model has nothing this package can compress, or a layer it can't be right about; the text names it."""
