@@ -1,0 +1,82 @@
+"""From a promise to plane counts, and from plane counts to widths per coordinate."""
+
+import torch
+from torch import Tensor
+
+from spectralquant.allocation import water_fill
+from spectralquant.codec.layout import CHUNK_PLANES
+from spectralquant.config import Dials
+from spectralquant.errors import ConfigError, ShapeError
+from spectralquant.presets import BIT_WIDTHS, CompressionPreset
+from spectralquant.profile import Profile
+
+PROMISE_SLACK = 0.005
+"""A preset's ratio may be missed by this share, never by more: planes come in groups of 16."""
+
+
+def plane_counts(profile: Profile, preset: CompressionPreset, dials: Dials) -> tuple[int, int]:
+    """(P_K, P_V), the same for every coded layer and a multiple of 16 each.
+
+    A packed token and head costs 2 bits a plane and two 8-bit gains; a share of `profile.exact_share` of the tokens costs 16 bits
+    an element on top. The largest total that keeps `preset.ratio` (within `PROMISE_SLACK`) is split so that V gets
+    `choices.value_shift` bits per element more than K, as nearly as groups of 16 allow.
+    """
+    dims = {layer.head_dim for layer in profile.layers.values()}
+    if len(dims) != 1:
+        raise ShapeError(f"head sizes {sorted(dims)} differ between layers; one size is needed for one record layout")
+    dim = dims.pop()
+    require_head_dim(dim)
+    if dials.any_set:
+        return _dialled_planes(profile, preset, dials, dim)
+    dense_bits = 2 * 16 * dim
+    spendable = dense_bits / preset.ratio * (1 + PROMISE_SLACK) - 16 - profile.exact_share * dense_bits
+    groups = int(spendable / 2 // CHUNK_PLANES)
+    if groups < 2:
+        raise ConfigError(f"compression={preset.name!r} leaves {groups} groups of planes for head size {dim}; at least 2 are needed")
+    shift = profile.choices.value_shift * dim / 2 / CHUNK_PLANES  # groups that V has more than K
+    key_groups = min(max(round((groups - shift) / 2), 1), groups - 1)
+    limit = dim * BIT_WIDTHS[-1] // 2 // CHUNK_PLANES
+    return min(key_groups, limit) * CHUNK_PLANES, min(groups - key_groups, limit) * CHUNK_PLANES
+
+
+def require_head_dim(dim: int) -> None:
+    """Raise ShapeError unless heads of size `dim` tile the tensor-core fragments."""
+    if dim % 16 or not 16 <= dim <= 256:
+        raise ShapeError(f"head_dim={dim} can't be tiled: the codec takes multiples of 16 from 16 to 256")
+
+
+def coordinate_bits(variance: Tensor, planes: int, dials: Dials, preset: CompressionPreset, noise_bits: int | None) -> Tensor:
+    """Widths [H, D] (int64, each row sums to 2 * planes) for spectra `variance` [H, D], descending."""
+    if not dials.any_set:
+        return water_fill(variance, 2 * planes)
+    heads, dim = variance.shape
+    band = semantic_size(variance, _dial(dials.d_eff_variance, preset.d_eff_variance))
+    tail_bits = _dial(noise_bits, preset.noise_bits)
+    tail = torch.full((heads, dim - band), tail_bits, dtype=torch.int64, device=variance.device)
+    head = water_fill(variance[:, :band], min(2 * planes - tail_bits * (dim - band), band * BIT_WIDTHS[-1]))
+    bits = torch.cat([head, tail], -1)
+    spare = 2 * planes - int(bits[0].sum())  # only when the semantic band is full: the tail takes the rest
+    if spare:
+        bits[:, band:] += water_fill(variance[:, band:], spare)
+    return bits
+
+
+def semantic_size(variance: Tensor, share: float) -> int:
+    """Coordinates that hold `share` of the variance, on average over the heads (rounded up, at least 1)."""
+    kept = variance.double().cumsum(-1) / variance.double().sum(-1, keepdim=True).clamp_min(1e-30)
+    return min(int((kept < share).sum(-1).add(1).double().mean().ceil()), variance.shape[-1])
+
+
+def _dial(value: float | int | None, default: float | int) -> float | int:
+    return default if value is None else value
+
+
+def _dialled_planes(profile: Profile, preset: CompressionPreset, dials: Dials, dim: int) -> tuple[int, int]:
+    share, avg = _dial(dials.d_eff_variance, preset.d_eff_variance), _dial(dials.avg_bits, preset.avg_bits)
+    counts = []
+    for side, noise in (("key", _dial(dials.noise_bits, preset.noise_bits)), ("value", _dial(dials.value_noise_bits, preset.value_noise_bits))):
+        bands = [semantic_size(getattr(layer, side).variance, share) for layer in profile.layers.values()]
+        bits = max(avg * band + noise * (dim - band) for band in bands)
+        groups = -(-int(bits) // (2 * CHUNK_PLANES))
+        counts.append(min(max(groups, 1), dim * BIT_WIDTHS[-1] // 2 // CHUNK_PLANES) * CHUNK_PLANES)
+    return counts[0], counts[1]

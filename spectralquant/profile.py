@@ -1,0 +1,233 @@
+"""Profile: everything calibration hands to the codec, frozen, in one `.safetensors` file.
+
+A profile holds transforms and spectra, not bit widths: one calibration serves every preset, and the widths follow from
+the spectra by `allocation.water_fill`. Loading runs no code (safetensors and JSON only) and checks, in this order, the file's
+integrity, its format version, every shape, that every number is finite, and its checksum. Whether it belongs to
+a model is checked by `Profile.require_model`.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spectralquant.errors import ProfileError
+from spectralquant.rope import Rotary
+
+FORMAT_VERSION = 1
+KEY, VALUE = "key", "value"
+
+
+@dataclass(frozen=True, slots=True)
+class SideProfile:
+    """K or V of one layer. H KV heads of size D; all float32.
+
+    Attributes:
+        mean: [H, D], subtracted before coding (K: before rotary embedding when the layer is anchored).
+        basis: [H, D, D], the matrix A of `z = (x - mean) A`.
+        variance: [H, D], variance of z, descending.
+    """
+
+    mean: Tensor
+    basis: Tensor
+    variance: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProfile:
+    """One attention layer.
+
+    Attributes:
+        key, value: The two transforms.
+        value_norm: [H] float32, median of |v|^2 over calibration tokens: the scale against which sinks are recognised.
+        rotary: Rotation of the keys, or None for the plain frame.
+    """
+
+    key: SideProfile
+    value: SideProfile
+    value_norm: Tensor
+    rotary: Rotary | None = None
+
+    @property
+    def heads(self) -> int:
+        return self.key.mean.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.key.mean.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What calibration chose from its menu, by measured KL.
+
+    Attributes:
+        query_metric: K is coded in the metric of the logits, E[q^T q].
+        output_metric: V is coded in the metric of the layer's output, W_O W_O^T.
+        key_gain, value_gain: "rms", "ls" or "unbiased" (see `codec.codec`).
+        value_shift: Bits per element moved from K to V.
+        exact_below: A token stays exact when its |v|^2 is below this share of the layer's median; 0 turns it off.
+        run: Tokens per anchored run of the K frame; 0 is the plain frame.
+        trajectory: The mean of K turns with its position in the run (else it is constant in the stored frame).
+    """
+
+    query_metric: bool = True
+    output_metric: bool = True
+    key_gain: str = "ls"
+    value_gain: str = "unbiased"
+    value_shift: float = 0.25
+    exact_below: float = 0.1
+    run: int = 256
+    trajectory: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A whole calibration.
+
+    Attributes:
+        layers: Layer index in the model -> its profile. Layers that are not coded (sliding window, recurrent) are absent.
+        choices: See `Choices`.
+        exact_share: Share of mid-text tokens that `choices.exact_below` kept exact in calibration, mean over layers.
+        model: Fingerprint of the model, a flat dictionary (see `calibration.hf.fingerprint`).
+        certificate: What calibration measured: tokens, seconds, the menu's table, KL and agreement of the winner.
+    """
+
+    layers: dict[int, LayerProfile]
+    choices: Choices
+    exact_share: float
+    model: dict[str, Any]
+    certificate: dict[str, Any] = field(default_factory=dict)
+
+    def require_model(self, fingerprint: dict[str, Any]) -> None:
+        """Raise ProfileError unless the profile was made for the model with this fingerprint."""
+        wrong = [k for k in self.model.keys() | fingerprint.keys() if self.model.get(k) != fingerprint.get(k)]
+        if wrong:
+            detail = "; ".join(f"{k}: file has {self.model.get(k)!r}, model has {fingerprint.get(k)!r}" for k in sorted(wrong))
+            raise ProfileError(f"this calibration was made for another model ({detail}); calibrate this model instead")
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the file aside, then rename it: a crash never leaves half a file. Returns the path, with `.safetensors` added if missing."""
+        target = with_suffix(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tensors = _to_tensors(self)
+        header = {
+            "format": "spectralquant",
+            "version": str(FORMAT_VERSION),
+            "checksum": _checksum(tensors),
+            "choices": json.dumps(asdict(self.choices)),
+            "exact_share": repr(self.exact_share),
+            "model": json.dumps(self.model, sort_keys=True),
+            "certificate": json.dumps(self.certificate),
+            "interleaved": json.dumps({i: p.rotary.interleaved for i, p in self.layers.items() if p.rotary}),
+        }
+        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, aside, metadata=header)
+            os.replace(aside, target)
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+        return target
+
+
+def with_suffix(path: str | os.PathLike[str]) -> Path:
+    """`path` with `.safetensors` appended unless it is there."""
+    target = Path(path)
+    return target if target.suffix == ".safetensors" else target.with_name(target.name + ".safetensors")
+
+
+def load_profile(path: str | os.PathLike[str]) -> Profile:
+    """Read and check a profile.
+
+    Raises:
+        ProfileError: The file is missing, not ours, truncated, of another version, or damaged; the text says which.
+    """
+    target = with_suffix(path)
+    if not target.is_file():
+        raise ProfileError(f"calibration file {target} does not exist; save_calibration() writes one")
+    try:
+        with safe_open(target, framework="pt") as f:
+            header = f.metadata() or {}
+            _require_header(target, header)
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, ProfileError):
+            raise
+        raise ProfileError(f"{target} is not a readable calibration file ({error}); it is truncated or damaged") from error
+    if header.get("checksum") != _checksum(tensors):
+        raise ProfileError(f"{target} is damaged: its checksum does not match its tensors; calibrate again or restore it")
+    bad = [name for name, t in tensors.items() if not t.isfinite().all()]
+    if bad:
+        raise ProfileError(f"{target} holds values that are not finite in {bad[0]}; calibrate again")
+    try:
+        return _from_tensors(tensors, header)
+    except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+        raise ProfileError(f"{target} is incomplete: {error}") from error
+
+
+def _require_header(target: Path, header: dict[str, str]) -> None:
+    if header.get("format") != "spectralquant":
+        raise ProfileError(f"{target} is a safetensors file but no calibration of this package")
+    if header.get("version") != str(FORMAT_VERSION):
+        raise ProfileError(
+            f"{target} has format version {header.get('version')}, this release reads {FORMAT_VERSION}; calibrate again"
+        )
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name].contiguous()
+        digest.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
+        digest.update(t.view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+    return digest.hexdigest()
+
+
+def _to_tensors(profile: Profile) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for i, layer in profile.layers.items():
+        for name, side in ((KEY, layer.key), (VALUE, layer.value)):
+            for part in ("mean", "basis", "variance"):
+                out[f"layers.{i}.{name}.{part}"] = getattr(side, part).contiguous().cpu()
+        out[f"layers.{i}.value_norm"] = layer.value_norm.contiguous().cpu()
+        if layer.rotary is not None:
+            out[f"layers.{i}.inv_freq"] = layer.rotary.inv_freq.contiguous().cpu()
+    return out
+
+
+def _from_tensors(tensors: dict[str, Tensor], header: dict[str, str]) -> Profile:
+    interleaved = {int(i): flag for i, flag in json.loads(header["interleaved"]).items()}
+    layers: dict[int, LayerProfile] = {}
+    for i in sorted({int(name.split(".")[1]) for name in tensors}):
+        sides = {n: SideProfile(*(tensors[f"layers.{i}.{n}.{p}"] for p in ("mean", "basis", "variance"))) for n in (KEY, VALUE)}
+        rotary = Rotary(tensors[f"layers.{i}.inv_freq"], interleaved[i]) if i in interleaved else None
+        layers[i] = LayerProfile(sides[KEY], sides[VALUE], tensors[f"layers.{i}.value_norm"], rotary)
+        _require_shapes(i, layers[i])
+    return Profile(
+        layers,
+        Choices(**json.loads(header["choices"])),
+        float(header["exact_share"]),
+        json.loads(header["model"]),
+        json.loads(header["certificate"]),
+    )
+
+
+def _require_shapes(index: int, layer: LayerProfile) -> None:
+    heads, dim = layer.heads, layer.head_dim
+    for name, side in ((KEY, layer.key), (VALUE, layer.value)):
+        for part, want in (("mean", (heads, dim)), ("basis", (heads, dim, dim)), ("variance", (heads, dim))):
+            got = tuple(getattr(side, part).shape)
+            if got != want:
+                raise ProfileError(f"layers.{index}.{name}.{part} has shape {got}, expected {want}; calibrate again")
+    if tuple(layer.value_norm.shape) != (heads,):
+        raise ProfileError(f"layers.{index}.value_norm has shape {tuple(layer.value_norm.shape)}, expected {(heads,)}")
