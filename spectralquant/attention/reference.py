@@ -1,0 +1,160 @@
+"""Attention over a PackedKV in plain PyTorch: the specification of the fused kernel, and the backend of every non-CUDA device.
+
+    k = R(t0)^-1-frame code:  q.k = (q R(-t0)) . x^,  x^ = mean + g (c - 1.5) W   =>   q.k = q'.mean + g ((c - 1.5) . (q' W^T))
+    out = (sum_t p_t g_t (c_t - 1.5)) W + mean sum_t p_t
+
+so keys and values are never decoded: the query goes into plane space once per run, the weighted sum comes back once. Packed
+tokens are read in tiles of `tile_tokens`; softmax is carried across tiles (Milakov & Gimelshein 2018, arXiv:1805.02867), with
+the exact tokens and the raw window as two more tiles. Scores and sums are float32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectralquant.codec.layout import MASKED_GAIN, UNIT, gain_values, unpack_gains, unpack_key_planes, unpack_value_planes
+from spectralquant.codec.packed import PackedKV
+
+
+@dataclass(slots=True)
+class _Softmax:
+    """Running maximum, mass and weighted sum over tiles; sum has W columns, any space."""
+
+    peak: Tensor  # [B, H, N]
+    mass: Tensor  # [B, H, N]
+    total: Tensor  # [B, H, N, W]
+
+    def add(self, scores: Tensor) -> Tensor:
+        """Take in scores [B, H, N, T]; rescale what is held; return exp(scores - peak)."""
+        peak = torch.maximum(self.peak, scores.amax(-1))
+        finite = peak.clamp_min(torch.finfo(peak.dtype).min)  # a row that is masked throughout stays at zero mass
+        shrink = (self.peak - finite).exp()
+        weights = (scores - finite[..., None]).exp_()
+        self.peak, self.mass = peak, self.mass * shrink + weights.sum(-1)
+        self.total *= shrink[..., None]
+        return weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Query:
+    """Scaled float32 queries [B, H, N, D], N = G * Q, and what turns raw scores into final ones."""
+
+    states: Tensor
+    length: int  # Q
+    mask: Tensor | None  # [B, 1, Q, T] bool
+    softcap: float | None
+
+    def finish(self, scores: Tensor, visible: Tensor | None, columns: "slice | Tensor") -> Tensor:
+        """Soft-cap, then hide. scores [B, H, N, C] for slots `columns` (a slice, or [B, C] indices); visible [B, H or 1, 1, C]."""
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if visible is not None:
+            scores = scores.masked_fill(~visible, -torch.inf)
+        if self.mask is None:
+            return scores
+        if isinstance(columns, slice):
+            mask = self.mask[..., columns]
+        else:
+            mask = self.mask.gather(-1, columns[:, None, None].expand(-1, 1, self.length, -1))
+        by_group = scores.unflatten(2, (-1, self.length))
+        return by_group.masked_fill(~mask[:, :, None], -torch.inf).flatten(2, 3)
+
+
+def attend(
+    query: Tensor,
+    kv: PackedKV,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of `query` over `kv`.
+
+    Args:
+        query: [B, H * G, Q, D]; its Q positions are the last Q slots of `kv`.
+        kv: Keys and values, B sequences, H heads.
+        mask: [B, 1, Q, T] bool, True where a query sees a slot; None: every slot up to its own.
+        scale: Factor of the logits; default D^-1/2.
+        softcap: Logits become `softcap * tanh(logits / softcap)`.
+        sinks: [H * G] logits of an extra softmax column without a value.
+
+    Returns:
+        [B, H * G, Q, D] in the dtype of `query`. A row that sees nothing is zero.
+    """
+    batch, query_heads, length, dim = query.shape
+    heads = kv.raw_keys.shape[1]
+    scale = dim**-0.5 if scale is None else scale
+    if mask is None and length > 1:
+        slots = torch.arange(kv.length, device=query.device)
+        mask = (slots[None] <= slots[-length:, None])[None, None].expand(batch, 1, -1, -1)
+    states = (query.float() * scale).reshape(batch, heads, -1, dim)
+    q = _Query(states, length, mask, softcap)
+    state = _packed_part(q, kv)
+    _dense_part(q, state, kv.exact_keys, kv.exact_values, kv.exact_slots.clamp_min(0).long(), kv.exact_valid()[:, None, None])
+    _dense_part(q, state, kv.raw_keys, kv.raw_values, slice(kv.packed, kv.length), None)
+    if sinks is not None:
+        column = sinks.float().view(1, heads, -1, 1).expand(batch, -1, -1, length).reshape(batch, heads, -1, 1)
+        state.add(column)
+    out = state.total / state.mass.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+    return out.view(batch, query_heads, length, dim).to(query.dtype)
+
+
+def _dense_part(q: _Query, state: _Softmax, keys: Tensor, values: Tensor, columns: "slice | Tensor", visible: Tensor | None) -> None:
+    if keys.shape[-2]:
+        scores = q.states @ keys.float().mT
+        state.total += state.add(q.finish(scores, visible, columns)) @ values.float()
+
+
+def _packed_part(q: _Query, kv: PackedKV) -> _Softmax:
+    """Softmax state over the packed slots, its sum already back in the space of the values."""
+    codec, (batch, heads, count, dim) = kv.codec, q.states.shape
+    planes = codec.layout.value_planes
+    zeros = q.states.new_zeros((batch, heads, count))
+    state = _Softmax(zeros - torch.inf, zeros, q.states.new_zeros((batch, heads, count, planes + 1)))
+    for first in range(0, kv.packed, kv.tile_tokens):
+        _packed_tile(q, kv, state, first, min(first + kv.tile_tokens, kv.packed))
+    # The last column is sum p g: the zero point 1.5 of all planes at once.
+    coded, gained = state.total[..., :planes], state.total[..., planes:]
+    state.total = (coded - 1.5 * gained) @ codec.value.decode_matrix + codec.value.mean[0][:, None] * state.mass[..., None]
+    return state
+
+
+def _packed_tile(q: _Query, kv: PackedKV, state: _Softmax, first: int, last: int) -> None:
+    records = kv.records[:, :, first // UNIT : last // UNIT]
+    key, key_gain, value, value_gain = kv.codec.layout.split(records)
+    gain_code = unpack_gains(key_gain).flatten(2)
+    planes = unpack_key_planes(key).flatten(2, 3).float()
+    scores = _packed_scores(q.states, kv, planes, first, last) if kv.codec.run else _plain_scores(q.states, kv, planes)
+    scores, bias = scores
+    scores = scores * gain_values(gain_code)[:, :, None] + bias
+    weights = state.add(q.finish(scores, (gain_code != MASKED_GAIN)[:, :, None], slice(first, last)))
+    weights = weights * gain_values(unpack_gains(value_gain).flatten(2))[:, :, None]
+    codes = unpack_value_planes(value).flatten(2, 3).float()
+    state.total[..., :-1] += weights @ codes
+    state.total[..., -1] += weights.sum(-1)
+
+
+def _plain_scores(states: Tensor, kv: PackedKV, planes: Tensor) -> tuple[Tensor, Tensor]:
+    """(c - 1.5) . (q W^T) of planes [B, H, T, P], and q . mean, both [B, H, N, T or 1]."""
+    coded = states @ kv.codec.key.decode_matrix.mT
+    return coded @ planes.mT - 1.5 * coded.sum(-1, keepdim=True), states @ kv.codec.key.mean[0][:, :, None]
+
+
+def _packed_scores(states: Tensor, kv: PackedKV, planes: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """The same with the query turned into the frame of each anchored run."""
+    codec, run = kv.codec, kv.codec.run
+    assert codec.rotary is not None
+    anchors = codec.anchors(torch.arange(first, last, run, device=states.device), kv.start)  # [B, runs]
+    turned = codec.rotary.rotate(states[:, :, None], -anchors[:, None, :, None])  # [B, H, runs, N, D]
+    coded = turned @ codec.key.decode_matrix.mT[:, None]
+    pad = -(last - first) % run
+    by_run = torch.nn.functional.pad(planes, (0, 0, 0, pad)).unflatten(2, (-1, run))
+    scores = coded @ by_run.mT - 1.5 * coded.sum(-1, keepdim=True)
+    bias = turned @ codec.key_mean(torch.arange(run, device=states.device))[:, None].mT
+    count = last - first
+    return _join_runs(scores)[..., :count], _join_runs(bias.expand_as(scores))[..., :count]
+
+
+def _join_runs(x: Tensor) -> Tensor:
+    return x.transpose(2, 3).flatten(3)

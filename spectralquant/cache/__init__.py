@@ -1,0 +1,1 @@
+"""The cache: exact sinks, packed history, recent window, and its HuggingFace form."""

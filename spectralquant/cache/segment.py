@@ -1,0 +1,201 @@
+"""One layer's storage: packed records, exact tokens, recent window. No HuggingFace in here.
+
+Buffers are preallocated and grow geometrically (by an eighth), so appending is amortised O(1) and slack stays small; all of it
+counts in `nbytes`. A token enters the window exact. When the window holds 128 tokens more than `window`, its
+oldest 128 are packed at the start of the next update, so attention always sees the tokens of its own call exactly.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from spectralquant.codec.codec import LayerCodec
+from spectralquant.codec.layout import MASKED_GAIN, UNIT, pack_gains, pack_key_planes, pack_value_planes
+from spectralquant.codec.packed import PackedKV
+from spectralquant.config import CacheConfig
+from spectralquant.errors import ShapeError
+
+STEP_TOKENS = 16
+"""Tokens that one update may append in place; longer ones (chunked prefill) go through a temporary copy."""
+
+
+class Segment:
+    """Keys and values of B sequences in one layer.
+
+    Args:
+        codec: The layer's codec.
+        config: What stays exact.
+        keys: [B, H, *, D]: gives batch, heads, dtype and device.
+        start: [B] int64, slots of left padding.
+
+    Raises:
+        ShapeError: `keys` has other heads or another head size than the codec.
+    """
+
+    def __init__(self, codec: LayerCodec, config: CacheConfig, keys: Tensor, start: Tensor) -> None:
+        batch, heads, _, dim = keys.shape
+        want = codec.key.encode_matrix.shape[:2]
+        if (heads, dim) != tuple(want):
+            raise ShapeError(f"keys have {heads} heads of size {dim}, the calibration has {want[0]} of size {want[1]}; calibrate this model")
+        self.codec, self.config, self.start = codec, config, start
+        self.packed = self.recent = 0  # tokens in the packed store and in the window
+        self.records = keys.new_empty((batch, heads, 0, codec.layout.record_bytes), dtype=torch.uint8)
+        capacity = config.window + UNIT + STEP_TOKENS
+        self.recent_keys = keys.new_empty((batch, heads, capacity, dim))
+        self.recent_values = torch.empty_like(self.recent_keys)
+        self.exact_keys = keys.new_empty((batch, heads, 0, dim))
+        self.exact_values = torch.empty_like(self.exact_keys)
+        self.exact_slots = torch.empty((batch, 0), dtype=torch.int32, device=keys.device)
+        self.secondary = torch.zeros(batch, dtype=torch.int64, device=keys.device)  # exact tokens besides the sinks
+
+    @property
+    def length(self) -> int:
+        return self.packed + self.recent
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor whose storage this segment holds (the codec's constants are counted apart)."""
+        return [
+            self.records, self.recent_keys, self.recent_values,
+            self.exact_keys, self.exact_values, self.exact_slots, self.secondary, self.start,
+        ]  # fmt: skip
+
+    def update(self, keys: Tensor, values: Tensor) -> PackedKV | None:
+        """Append keys and values [B, H, T, D]. Returns what attention reads, or None when nothing was stored before."""
+        was_empty, count = self.length == 0, keys.shape[-2]
+        ready = max(self.recent - self.config.window, 0) // UNIT * UNIT
+        if ready:
+            self._pack_recent(ready)
+        if self.recent + count <= self.recent_keys.shape[-2]:
+            self.recent_keys[:, :, self.recent : self.recent + count] = keys
+            self.recent_values[:, :, self.recent : self.recent + count] = values
+            self.recent += count
+            view = self._view(self.recent_keys[:, :, : self.recent], self.recent_values[:, :, : self.recent])
+            return None if was_empty else view
+        if self.recent:
+            keys = torch.cat([self.recent_keys[:, :, : self.recent], keys], -2)
+            values = torch.cat([self.recent_values[:, :, : self.recent], values], -2)
+        view = self._view(keys, values)
+        self._replace_recent(keys, values)
+        return None if was_empty else view
+
+    def _view(self, raw_keys: Tensor, raw_values: Tensor) -> PackedKV:
+        return PackedKV(
+            self.codec, self.records, self.packed, self.exact_keys, self.exact_values, self.exact_slots,
+            raw_keys, raw_values, self.start, self.config.tile_tokens,
+        )  # fmt: skip
+
+    def _replace_recent(self, keys: Tensor, values: Tensor) -> None:
+        """Make keys and values, slots packed .., the window: pack all full blocks but the last `window` tokens."""
+        count = keys.shape[-2]
+        blocks = max(count - self.config.window, 0) // UNIT * UNIT
+        for first in range(0, blocks, self.config.tile_tokens):
+            last = min(first + self.config.tile_tokens, blocks)
+            self._pack(keys[:, :, first:last], values[:, :, first:last], reserve=blocks - first)
+        self.recent = count - blocks
+        self.recent_keys[:, :, : self.recent] = keys[:, :, blocks:]
+        self.recent_values[:, :, : self.recent] = values[:, :, blocks:]
+
+    def _pack_recent(self, count: int) -> None:
+        self._pack(self.recent_keys[:, :, :count], self.recent_values[:, :, :count], reserve=count)
+        for buffer in (self.recent_keys, self.recent_values):
+            buffer[:, :, : self.recent - count] = buffer[:, :, count : self.recent].clone()
+        self.recent -= count
+
+    def _pack(self, keys: Tensor, values: Tensor, reserve: int) -> None:
+        """Encode slots packed .. packed + T - 1; T a multiple of 128. `reserve`: tokens still to come, this call's included."""
+        count = keys.shape[-2]
+        slots = torch.arange(self.packed, self.packed + count, device=keys.device)
+        exact = self._choose_exact(values, slots)
+        planes, gains, value_planes, value_gains = self.codec.encode(keys, values, slots, self.start)
+        masked = (exact | (slots[None] < self.start[:, None]))[:, None]
+        self._reserve_units((self.packed + reserve) // UNIT)
+        first, last = self.packed // UNIT, (self.packed + count) // UNIT
+        parts = (
+            pack_key_planes(planes.unflatten(2, (-1, UNIT))),
+            pack_gains(gains.masked_fill(masked, MASKED_GAIN).unflatten(2, (-1, UNIT))),
+            pack_value_planes(value_planes.unflatten(2, (-1, UNIT))),
+            pack_gains(value_gains.masked_fill(masked, MASKED_GAIN).unflatten(2, (-1, UNIT))),
+        )
+        self.records[:, :, first:last] = torch.cat(parts, -1)
+        self._store_exact(exact, slots, keys, values)
+        self.packed += count
+
+    def _choose_exact(self, values: Tensor, slots: Tensor) -> Tensor:
+        """[B, T] bool: sinks, and tokens whose value is far smaller than usual (secondary attention sinks), within the bound."""
+        position = slots[None] - self.start[:, None]
+        sinks = (position >= 0) & (position < self.config.sinks)
+        if self.codec.exact_below <= 0:
+            return sinks
+        size = (values.float().square().sum(-1) / self.codec.value_norm[:, None]).mean(1)
+        small = (size < self.codec.exact_below) & (position >= self.config.sinks)
+        allowed = int(self.config.max_exact_share * (self.packed + len(slots))) - self.secondary
+        rank = size.masked_fill(~small, torch.inf).argsort(-1).argsort(-1)
+        secondary = small & (rank < allowed[:, None])
+        self.secondary = self.secondary + secondary.sum(-1)
+        return sinks | secondary
+
+    def _store_exact(self, exact: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        used = (self.exact_slots >= 0).sum(-1)
+        self._reserve_exact(int((used + exact.sum(-1)).max()))
+        for row, (offset, count) in enumerate(zip(used.tolist(), exact.sum(-1).tolist(), strict=True)):
+            at = exact[row].nonzero()[:, 0]
+            self.exact_slots[row, offset : offset + count] = slots[at].int()
+            self.exact_keys[row, :, offset : offset + count] = keys[row][:, at]
+            self.exact_values[row, :, offset : offset + count] = values[row][:, at]
+
+    def _reserve_units(self, need: int) -> None:
+        have = self.records.shape[2]
+        if need > have:
+            size = max(need, have + have // 8)
+            self.records = _grow(self.records, 2, size + size % 2, fill=0)  # even: anchored runs are two units
+
+    def _reserve_exact(self, need: int) -> None:
+        have = self.exact_slots.shape[1]
+        if need > have:
+            size = max(need, have + have // 8)
+            self.exact_slots = _grow(self.exact_slots, 1, size, fill=-1)
+            self.exact_keys = _grow(self.exact_keys, 2, size, fill=0)
+            self.exact_values = _grow(self.exact_values, 2, size, fill=0)
+
+    def crop(self, length: int) -> None:
+        """Keep the first `length` tokens. Tokens of a block that is cut go back to the window as their code says they are."""
+        if length >= self.length:
+            return
+        if length >= self.packed:
+            self.recent = length - self.packed
+            return
+        keep = length // UNIT * UNIT
+        view = self._view(self.recent_keys[:, :, :0], self.recent_values[:, :, :0])
+        back = length - keep
+        keys, values = (view.dense(which)[:, :, keep:length] for which in ("key", "value"))
+        dropped = self.exact_slots >= keep
+        self.secondary = self.secondary - (dropped & (self.exact_slots - self.start[:, None] >= self.config.sinks)).sum(-1)
+        order = dropped.int().argsort(-1, stable=True)  # used entries stay in front
+        self.exact_slots = self.exact_slots.masked_fill(dropped, -1).gather(1, order)
+        index = order[:, None, :, None].expand_as(self.exact_keys)
+        self.exact_keys, self.exact_values = self.exact_keys.gather(2, index), self.exact_values.gather(2, index)
+        self.packed, self.recent = keep, 0
+        self.recent_keys[:, :, :back], self.recent_values[:, :, :back] = keys, values
+        self.recent = back
+
+    def map_batch(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply `fn`, which picks rows of dimension 0 and returns new storage, to every tensor."""
+        self.records, self.recent_keys, self.recent_values, self.exact_keys, self.exact_values, self.exact_slots, self.secondary, self.start = (
+            fn(t) for t in self.tensors()
+        )
+
+    def copy(self) -> "Segment":
+        """An independent segment with the same content; the codec's constants are shared."""
+        other = object.__new__(Segment)
+        other.__dict__.update(self.__dict__)
+        other.map_batch(torch.Tensor.clone)
+        return other
+
+
+def _grow(tensor: Tensor, dim: int, size: int, fill: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[dim] = size
+    out = tensor.new_full(shape, fill)
+    out.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+    return out

@@ -1,0 +1,110 @@
+"""PackedKV: what a cache hands to attention, and LazyKV, the tensor that carries it through a model.
+
+A cached sequence is three disjoint sets of slots: packed (slots below `packed` whose gain code is not masked), exact (sinks
+and secondary sinks, unordered), and raw (the recent window and the tokens of this call, slots `packed` .. `length - 1`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from spectralquant.codec.codec import LayerCodec
+from spectralquant.codec.layout import UNIT, unpack_gains, unpack_key_planes, unpack_value_planes
+
+
+@dataclass(frozen=True, slots=True)
+class PackedKV:
+    """One layer's keys and values. B sequences, H KV heads of size D.
+
+    Attributes:
+        codec: Constants that decode `records`.
+        records: [B, H, U, record_bytes] uint8, U units allocated, an even number.
+        packed: Tokens in the packed store, a multiple of 128.
+        exact_keys, exact_values: [B, H, E, D], model dtype.
+        exact_slots: [B, E] int32; -1 marks an unused entry.
+        raw_keys, raw_values: [B, H, R, D], model dtype; slots `packed` .. `packed + R - 1`.
+        start: [B] int64, slots of left padding.
+        tile_tokens: Tokens that tile-wise readers unpack at a time.
+    """
+
+    codec: LayerCodec
+    records: Tensor
+    packed: int
+    exact_keys: Tensor
+    exact_values: Tensor
+    exact_slots: Tensor
+    raw_keys: Tensor
+    raw_values: Tensor
+    start: Tensor
+    tile_tokens: int
+
+    @property
+    def length(self) -> int:
+        return self.packed + self.raw_keys.shape[-2]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        batch, heads, _, dim = self.raw_keys.shape
+        return batch, heads, self.length, dim
+
+    def exact_valid(self) -> Tensor:
+        """[B, E] bool: entries that stand for a slot of the packed store (later ones are still raw)."""
+        return (self.exact_slots >= 0) & (self.exact_slots < self.packed)
+
+    def dense(self, which: str) -> Tensor:
+        """Keys ("key") or values ("value") of every slot, [B, H, length, D] in the model dtype."""
+        raw = self.raw_keys if which == "key" else self.raw_values
+        out = raw.new_empty(self.shape)
+        out[:, :, self.packed :] = raw
+        for first in range(0, self.packed, self.tile_tokens):
+            last = min(first + self.tile_tokens, self.packed)
+            out[:, :, first:last] = self._decode(which, first, last).to(raw.dtype)
+        exact = self.exact_keys if which == "key" else self.exact_values
+        valid, heads = self.exact_valid(), torch.arange(raw.shape[1], device=raw.device)
+        for row in range(raw.shape[0]):
+            at = valid[row].nonzero()[:, 0]
+            out[row, heads[:, None], self.exact_slots[row, at].long()[None]] = exact[row][:, at]
+        return out
+
+    def _decode(self, which: str, first: int, last: int) -> Tensor:
+        """Slots first .. last - 1 (multiples of 128) decoded, [B, H, last - first, D] float32."""
+        records = self.records[:, :, first // UNIT : last // UNIT]
+        key, key_gain, value, value_gain = self.codec.layout.split(records)
+        if which == "value":
+            return self.codec.decode_values(unpack_value_planes(value).flatten(2, 3), unpack_gains(value_gain).flatten(2))
+        slots = torch.arange(first, last, device=records.device)
+        return self.codec.decode_keys(unpack_key_planes(key).flatten(2, 3), unpack_gains(key_gain).flatten(2), slots, self.start)
+
+
+class LazyKV(torch.Tensor):
+    """A tensor [B, H, T, D] that stands for packed keys or values.
+
+    Our attention function recognises it and reads `packed_kv`. Any other operation decodes it first: foreign code is slower,
+    never wrong, and holds one layer's dense K or V at a time.
+    """
+
+    packed_kv: PackedKV
+    which: str
+
+    @staticmethod
+    def __new__(cls, packed_kv: PackedKV, which: str) -> "LazyKV":
+        raw = packed_kv.raw_keys
+        out = torch.Tensor._make_wrapper_subclass(cls, packed_kv.shape, dtype=raw.dtype, device=raw.device)  # pyright: ignore
+        out.packed_kv, out.which = packed_kv, which
+        return out
+
+    def __init__(self, packed_kv: PackedKV, which: str) -> None:
+        super().__init__()
+
+    def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return f"LazyKV({self.which}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def plain(x: Any) -> Any:
+            return x.packed_kv.dense(x.which) if isinstance(x, LazyKV) else x
+
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
