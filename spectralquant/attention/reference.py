@@ -125,8 +125,10 @@ def _packed_tile(q: _Query, kv: PackedKV, state: _Softmax, first: int, last: int
     key, key_gain, value, value_gain = kv.codec.layout.split(records)
     gain_code = unpack_gains(key_gain).flatten(2)
     planes = unpack_key_planes(key).flatten(2, 3).float()
-    scores = _packed_scores(q.states, kv, planes, first, last) if kv.codec.run else _plain_scores(q.states, kv, planes)
-    scores, bias = scores
+    if kv.codec.run:
+        scores, bias = _anchored_scores(q.states, kv, planes, first, last)
+    else:
+        scores, bias = _plain_scores(q.states, kv, planes)
     scores = scores * gain_values(gain_code)[:, :, None] + bias
     weights = state.add(q.finish(scores, (gain_code != MASKED_GAIN)[:, :, None], slice(first, last)))
     weights = weights * gain_values(unpack_gains(value_gain).flatten(2))[:, :, None]
@@ -141,7 +143,7 @@ def _plain_scores(states: Tensor, kv: PackedKV, planes: Tensor) -> tuple[Tensor,
     return coded @ planes.mT - 1.5 * coded.sum(-1, keepdim=True), states @ kv.codec.key.mean[0][:, :, None]
 
 
-def _packed_scores(states: Tensor, kv: PackedKV, planes: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+def _anchored_scores(states: Tensor, kv: PackedKV, planes: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
     """The same with the query turned into the frame of each anchored run."""
     codec, run = kv.codec, kv.codec.run
     assert codec.rotary is not None

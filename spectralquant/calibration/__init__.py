@@ -1,0 +1,1 @@
+"""Offline part: run a model over text, gather statistics, and turn them into a Profile."""

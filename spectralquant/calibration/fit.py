@@ -1,0 +1,56 @@
+"""Statistics and choices -> Profile."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectralquant.calibration.hf import ModelStatistics
+from spectralquant.calibration.spectrum import spectral_basis
+from spectralquant.profile import Choices, LayerProfile, Profile, SideProfile
+from spectralquant.rope import Rotary
+
+RELATIVE_POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
+"""Distances over which the query metric is averaged: a query meets a stored run at many of them, near ones most often."""
+PLAIN_POSITIONS = 2048
+"""Positions over which keys are averaged for the plain frame."""
+
+
+def fit_profile(statistics: ModelStatistics, choices: Choices, certificate: dict[str, Any] | None = None) -> Profile:
+    """The profile of a model under `choices`. Costs two eigen-decompositions per head; nothing is run."""
+    layers, shares = {}, []
+    for index, stats in statistics.layers.items():
+        rotary = statistics.rotary.get(index)
+        norms = torch.cat(stats.value_norms, 1)
+        median = norms.median(1).values.clamp_min(1e-12)
+        key = _fit_key(stats.keys.mean, stats.keys.second, stats.queries.second, rotary, choices)
+        value = _fit_value(stats.values.mean, stats.values.second, statistics.output_metric.get(index), choices)
+        layers[index] = LayerProfile(key, value, median.float(), rotary)
+        shares.append(float(((norms / median[:, None]).mean(0) < choices.exact_below).double().mean()))
+    return Profile(layers, choices, sum(shares) / len(shares), statistics.fingerprint, certificate or {})
+
+
+def _fit_key(mean: Tensor, second: Tensor, queries: Tensor, rotary: Rotary | None, choices: Choices) -> SideProfile:
+    metric = queries if choices.query_metric else None
+    if rotary is None:
+        return _side(mean, second - _outer(mean), metric)
+    if metric is not None:
+        metric = rotary.average_rotated(metric, torch.tensor(RELATIVE_POSITIONS))
+    positions = torch.arange(choices.run or PLAIN_POSITIONS)
+    if choices.run and choices.trajectory:
+        return _side(mean, rotary.average_rotated(second - _outer(mean), positions), metric)
+    constant = rotary.rotate(mean[:, None], positions).mean(1)
+    return _side(constant, rotary.average_rotated(second, positions) - _outer(constant), metric)
+
+
+def _fit_value(mean: Tensor, second: Tensor, metric: Tensor | None, choices: Choices) -> SideProfile:
+    return _side(mean, second - _outer(mean), metric if choices.output_metric else None)
+
+
+def _side(mean: Tensor, covariance: Tensor, metric: Tensor | None) -> SideProfile:
+    basis, variance = spectral_basis(covariance, metric)
+    return SideProfile(mean.float(), basis.float(), variance.float())
+
+
+def _outer(x: Tensor) -> Tensor:
+    return x[..., :, None] * x[..., None, :]

@@ -1,0 +1,230 @@
+"""Run a HuggingFace causal LM over text and gather the statistics of every layer that will be coded.
+
+The model is left exactly as it was: mode, attention implementation, hooks and cache settings are restored even after an
+exception. Keys, queries and values are read where they meet, in the attention function; cos and sin where the model hands
+them to its attention modules. Nothing is ever swallowed: a layer that shows no attention is an error.
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from spectralquant.calibration.statistics import LayerStatistics
+from spectralquant.errors import CalibrationError, UnsupportedModelError
+from spectralquant.rope import Rotary
+
+SKIP = 8
+"""First positions of each sample left out of the statistics: attention sinks, which stay exact anyway."""
+TOKENS_PER_DIMENSION = 4
+"""Least number of tokens per head dimension for which a covariance means anything."""
+OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+_RECORDER = "spectralquant-recorder"
+
+
+@dataclass(slots=True)
+class ModelStatistics:
+    """All a profile is fitted from.
+
+    Attributes:
+        layers: Layer index -> statistics.
+        rotary: Layer index -> rotation, for layers whose rotary embedding could be read and reproduced.
+        output_metric: Layer index -> W_O metric [H, D, D] float64, where the output projection could be read.
+        fingerprint: See `fingerprint`.
+        tokens: Tokens that counted.
+    """
+
+    fingerprint: dict[str, Any]
+    layers: dict[int, LayerStatistics] = field(default_factory=dict)
+    rotary: dict[int, Rotary] = field(default_factory=dict)
+    output_metric: dict[int, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+
+
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """What identifies a model: architecture, shapes, and a hash over a sample of its weights.
+
+    64 values of every parameter with a name in a decoder layer go into the hash, rounded to bfloat16, so that the same model in
+    float32, float16 and bfloat16 shares its calibration while a fine-tune does not.
+    """
+    text = model.config.get_text_config(decoder=True)
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        digest.update(f"{name.removeprefix('model.')}{tuple(parameter.shape)}".encode())
+        if flat.is_floating_point() and flat.device.type != "meta":
+            sample = flat[:: max(len(flat) // 64, 1)][:64].float().cpu()
+            digest.update(_coarse(sample).numpy().tobytes())
+    return {
+        "architecture": type(model).__name__,
+        "layers": getattr(text, "num_hidden_layers", None),
+        "hidden_size": getattr(text, "hidden_size", None),
+        "query_heads": getattr(text, "num_attention_heads", None),
+        "weights": digest.hexdigest()[:32],
+    }
+
+
+def _coarse(sample: Tensor) -> Tensor:
+    """int8 exponents of float32 values, quarter octaves: the same after a round trip through fp16 or bf16, nearly always."""
+    return (sample.abs().clamp_min(1e-4).log2() * 4).floor().to(torch.int8)
+
+
+class _Recorder:
+    """Receives every attention call of one forward pass."""
+
+    def __init__(self, statistics: ModelStatistics, coded: set[int]) -> None:
+        self.statistics, self.coded = statistics, coded
+        self.embeddings: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (cos, sin)
+        self.known: set[int] = set()
+
+    def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        embeddings = kwargs.get("position_embeddings")
+        if isinstance(embeddings, tuple) and len(embeddings) == 2:
+            self.embeddings[int(module.layer_idx)] = embeddings  # pyright: ignore[reportArgumentType]
+
+    def attention(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
+        index = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
+        if index not in self.coded:
+            return
+        stats = self.statistics.layers.setdefault(index, LayerStatistics())
+        if index not in self.known:
+            self._first_sight(index, module, query, key)
+        positions = torch.arange(key.shape[2], device=key.device)
+        rotary = self.statistics.rotary.get(index)
+        query, key = query[0].float(), key[0].float()
+        if rotary is not None:
+            query, key = rotary.rotate(query, -positions), rotary.rotate(key, -positions)
+        heads = key.shape[0]
+        pooled = query[:, SKIP:].reshape(heads, -1, query.shape[-1])
+        stats.add(key[:, SKIP:], pooled, value[0][:, SKIP:])
+
+    def _first_sight(self, index: int, module: nn.Module, query: Tensor, key: Tensor) -> None:
+        self.known.add(index)
+        if index in self.embeddings and getattr(module, "use_rope", True):
+            rotary = read_rotary(module, *self.embeddings[index], key.shape[-1])
+            if rotary is not None:
+                self.statistics.rotary[index] = rotary
+        metric = output_metric(module, key.shape[1], query.shape[1] // key.shape[1], key.shape[-1])
+        if metric is not None:
+            self.statistics.output_metric[index] = metric
+
+
+def read_rotary(module: nn.Module, cos: Tensor, sin: Tensor, dim: int) -> Rotary | None:
+    """The rotation a module applies for positions 0 .. T-1, or None if it can't be reproduced (then the plain frame is used).
+
+    cos, sin: [1, T, R or R/2]. Frequencies are read from the angle at position 1; the layout of the pairs is found by
+    comparing with the module's own `apply_rotary_pos_emb`.
+    """
+    apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    if apply is None or cos.dim() != 3 or cos.shape[1] < 2:
+        return None
+    cos, sin = cos[:1].float().cpu(), sin[:1].float().cpu()
+    width = cos.shape[-1]
+    scale = (cos.square() + sin.square()).mean().sqrt()
+    probe = torch.randn(1, 1, cos.shape[1], dim, generator=torch.Generator().manual_seed(0))
+    try:
+        turned = apply(probe, probe, cos, sin)[1] / scale
+    except RuntimeError:  # this family slices the rotary part before the call
+        turned = torch.cat([apply(probe[..., :width], probe[..., :width], cos, sin)[1] / scale, probe[..., width:]], -1)
+    angle = torch.atan2(sin[0, 1].double(), cos[0, 1].double())
+    halves = {False: angle[: width // 2], True: angle[::2]}
+    for interleaved, freq in [*halves.items(), (False, angle), (True, angle)]:
+        rotary = Rotary(freq.contiguous(), interleaved)
+        if rotary.dim <= dim:
+            mine = rotary.rotate(probe, torch.arange(cos.shape[1]))
+            unscaled = turned if rotary.dim == dim else torch.cat([turned[..., : rotary.dim], probe[..., rotary.dim :]], -1)
+            if (mine - unscaled).abs().mean() < 0.02:
+                return rotary
+    return None
+
+
+def output_metric(module: nn.Module, heads: int, groups: int, dim: int) -> Tensor | None:
+    """sum over a group's heads of W_O,h W_O,h^T, [H, D, D] float64, or None when the output projection can't be read."""
+    for name in OUTPUT_NAMES:
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+            continue
+        weight = weight.detach().float()
+        if type(getattr(module, name)).__name__ == "Conv1D":  # GPT-2 stores [in, out]
+            weight = weight.T
+        if weight.shape[1] == heads * groups * dim:
+            w = weight.T.reshape(heads, groups * dim, -1).unflatten(1, (groups, dim))
+            return torch.einsum("hgdo,hgeo->hde", w, w).double().cpu()
+    return None
+
+
+def collect(
+    model: PreTrainedModel, samples: list[Tensor], coded: list[int], progress: Callable[[int], None] = lambda n: None
+) -> ModelStatistics:
+    """Statistics of the layers `coded` over token samples [1, T].
+
+    Args:
+        model: Any causal LM of transformers.
+        samples: Token ids; move to the model's device is done here.
+        coded: Indices of the layers to look at.
+        progress: Called with the number of tokens done after each sample.
+
+    Raises:
+        UnsupportedModelError: A layer did not go through transformers' attention interface; the text names it.
+        CalibrationError: There are too few tokens for covariances of the model's head size.
+    """
+    if not coded:
+        raise UnsupportedModelError(f"{type(model).__name__} has no attention layer that grows with the text: there is nothing to compress")
+    statistics = ModelStatistics(fingerprint(model))
+    recorder = _Recorder(statistics, set(coded))
+    with _recording(model, recorder), torch.no_grad():
+        for ids in samples:
+            model.base_model(input_ids=ids.to(model.device), use_cache=False)
+            statistics.tokens += max(ids.shape[1] - SKIP, 0)
+            progress(ids.shape[1])
+    missing = sorted(set(coded) - statistics.layers.keys())
+    if missing:
+        raise UnsupportedModelError(
+            f"layers {missing[:4]} of {type(model).__name__} do not use transformers' attention interface; they can't be calibrated"
+        )
+    dim = next(iter(statistics.layers.values())).keys.mean.shape[-1]
+    need = TOKENS_PER_DIMENSION * dim
+    if statistics.tokens < need:
+        raise CalibrationError(
+            f"the calibration text has {statistics.tokens} usable tokens; head size {dim} needs at least {need}: add about {need - statistics.tokens} tokens"
+        )
+    return statistics
+
+
+@contextmanager
+def _recording(model: PreTrainedModel, recorder: _Recorder) -> Iterator[None]:
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+        recorder.attention(module, query, key, value)
+        return dense(module, query, key, value, attention_mask, **kwargs)
+
+    before, training = model.config._attn_implementation, model.training
+    dense = AttentionInterface()[NAME_DENSE] if NAME_DENSE in AttentionInterface() else AttentionInterface()["sdpa"]
+    AttentionInterface.register(_RECORDER, attention)
+    AttentionMaskInterface.register(_RECORDER, sdpa_mask)
+    hooks = [
+        module.register_forward_pre_hook(recorder.before_attention, with_kwargs=True)
+        for module in model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+    ]
+    try:
+        model.eval()
+        model.set_attn_implementation(_RECORDER)
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.set_attn_implementation(before)
+        model.train(training)
+        AttentionInterface._global_mapping.pop(_RECORDER, None)
+        AttentionMaskInterface._global_mapping.pop(_RECORDER, None)
+
+
+NAME_DENSE = "spectralquant"
+"""Our own attention does soft-cap and sink logits, which stock `sdpa` refuses or drops; used when it is registered."""
