@@ -1,0 +1,342 @@
+"""SpectralQuantEngine: one object that calibrates models, applies compressed attention to them and makes their caches.
+
+An engine keeps one calibration per model, told apart by the model's fingerprint; nothing is lost when a second model comes.
+"""
+
+import inspect
+import os
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import DynamicCache, PreTrainedModel
+
+from spectralquant import prompts
+from spectralquant.attention.hf import register
+from spectralquant.cache.hf import SpectralCache, SpectralLayer, coded_layer_indices
+from spectralquant.calibration.hf import collect, fingerprint
+from spectralquant.codec.budget import require_head_dim, semantic_size
+from spectralquant.codec.codec import LayerCodec, build_codec
+from spectralquant.config import CacheConfig, Dials, require_int
+from spectralquant.corpus import make_samples
+from spectralquant.errors import CalibrationError, ConfigError, ProfileError, ShapeError
+from spectralquant.follow_up import install_generate, remove_generate
+from spectralquant.presets import CompressionPreset, resolve_preset
+from spectralquant.profile import Profile, load_profile
+from spectralquant.selection import choose
+
+
+class SpectralQuantEngine:
+    """Explicit control over calibration, caches and attention.
+
+    Args:
+        head_dim: Expected head size; None accepts the model's. A model with another one is refused.
+        total_bits: Mean bits of the semantic band (the original's dial); None leaves it to the preset.
+        use_water_fill: Must be True: it is how this codec allocates bits.
+        use_qjl: Must be False: a sign-sketch stage costs bits and raises the error (see docs/maths.md).
+        d_eff_variance, noise_bits, value_noise_bits: Dials, see `config.Dials`.
+        device: Where models are expected; None takes each model as it is.
+        compression: Preset whose size promise is kept when no dial is set.
+        cache_config: What caches keep exact.
+
+    Raises:
+        ConfigError: An argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        head_dim: int | None = None,
+        total_bits: int | None = None,
+        use_water_fill: bool = True,
+        use_qjl: bool = False,
+        d_eff_variance: float | None = None,
+        noise_bits: int | None = None,
+        value_noise_bits: int | None = None,
+        device: str | None = None,
+        *,
+        compression: str | CompressionPreset = "high",
+        cache_config: CacheConfig | None = None,
+    ) -> None:
+        if use_qjl:
+            raise ConfigError("use_qjl=True: a QJL stage is not offered, it costs bits and raises the error; leave it False")
+        if not use_water_fill:
+            raise ConfigError("use_water_fill=False: bits are always allocated by water-filling; leave it True")
+        self.head_dim = None if head_dim is None else require_int("head_dim", head_dim, 1)
+        self.preset = resolve_preset(compression)
+        self.dials = Dials(total_bits, noise_bits, value_noise_bits, d_eff_variance)
+        self.device = device
+        self.cache_config = cache_config or CacheConfig()
+        self._profiles: dict[str, Profile] = {}
+        self._codecs: dict[tuple[str, str], dict[int, LayerCodec]] = {}
+        self._fingerprints: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, Any]] = weakref.WeakKeyDictionary()
+        self._latest: str | None = None
+        self._last_stats: dict[str, Any] = {}
+
+    # Calibration ----------------------------------------------------------------------------------------------------
+
+    def calibrate(
+        self, model: PreTrainedModel, tokenizer: Any, calibration_texts: list[str] | None = None, n_samples: int | None = None, *, progress: bool = True
+    ) -> dict[str, Any]:
+        """Measure a model's spectra and choose its codec by measured KL. The model is left exactly as it was.
+
+        Args:
+            model, tokenizer: A causal LM of transformers and its tokenizer.
+            calibration_texts: Texts, mixed kinds and long ones best; None for the bundled corpus.
+            n_samples: Use so many texts.
+            progress: Show a progress bar.
+
+        Returns:
+            {calibrated, n_heads, d_eff_mean, d_eff_min, d_eff_max, gap_mean, gap_median, calibration_time_s, tokens, certificate}
+        """
+        began = time.perf_counter()
+        self._check_model(model)
+        samples = make_samples(tokenizer, calibration_texts, n_samples)
+        with tqdm(total=samples.tokens, unit="tok", desc="calibrating", disable=not progress) as bar:
+            statistics = collect(model, samples.statistics, coded_layer_indices(model), bar.update)
+            bar.set_description("choosing")
+            with self.applied_to(model), _evaluation_mode(model):
+                profile = choose(model, statistics, samples.held_out, self.preset, self.cache_config, bar.set_postfix_str)
+        seconds = time.perf_counter() - began
+        profile.certificate.update(
+            tokens=statistics.tokens, seconds=round(seconds, 2), corpus="bundled" if calibration_texts is None else "own"
+        )
+        self._add(profile)
+        return {"calibrated": True, **_spectrum_summary(profile, self.preset), "calibration_time_s": seconds, "tokens": statistics.tokens, "certificate": profile.certificate}
+
+    def save_calibration(self, path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> Path:
+        """Write the calibration of `model` (default: the latest one) to one `.safetensors` file; returns its path."""
+        return self._profile(model).save(path)
+
+    def load_calibration(self, path: str | os.PathLike[str]) -> Profile:
+        """Read a calibration and keep it beside the others; it is used for the model it was made for."""
+        profile = load_profile(path)
+        self._add(profile)
+        return profile
+
+    def _add(self, profile: Profile) -> None:
+        key = profile.model["weights"]
+        self._profiles[key], self._latest = profile, key
+        self._codecs = {k: v for k, v in self._codecs.items() if k[0] != key}
+
+    def _check_model(self, model: PreTrainedModel) -> None:
+        text = model.config.get_text_config(decoder=True)
+        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        if self.head_dim is not None and self.head_dim != dim:
+            raise ShapeError(f"head_dim={self.head_dim} was asked for, the model's heads have {dim}; leave head_dim out")
+        require_head_dim(dim)
+
+    def _fingerprint(self, model: PreTrainedModel) -> dict[str, Any]:
+        if model not in self._fingerprints:
+            self._fingerprints[model] = fingerprint(model)
+        return self._fingerprints[model]
+
+    def _profile(self, model: PreTrainedModel | None = None) -> Profile:
+        if self._latest is None:
+            raise CalibrationError("there is no calibration yet: call calibrate(model, tokenizer) or load_calibration(path) first")
+        if model is None:
+            return self._profiles[self._latest]
+        known = self._fingerprint(model)
+        profile = self._profiles.get(known["weights"], self._profiles[self._latest])
+        profile.require_model(known)
+        return profile
+
+    def is_calibrated(self, model: PreTrainedModel) -> bool:
+        """Whether this engine holds a calibration of `model`."""
+        return self._fingerprint(model)["weights"] in self._profiles
+
+    # Caches and attention -------------------------------------------------------------------------------------------
+
+    def apply_to(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Make `model` read packed caches directly, until `remove_from`. Other models, and its own dense caches, are not touched."""
+        if not hasattr(model, "_spectralquant_before"):
+            model._spectralquant_before = model.config._attn_implementation  # pyright: ignore
+            model.set_attn_implementation(register())
+            install_generate(model)
+        return model
+
+    def remove_from(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Undo `apply_to`."""
+        if hasattr(model, "_spectralquant_before"):
+            model.set_attn_implementation(model._spectralquant_before)  # pyright: ignore
+            del model._spectralquant_before
+            remove_generate(model)
+        return model
+
+    @contextmanager
+    def applied_to(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+        """`apply_to` for the length of a with block (no effect at its end if it was applied before)."""
+        before = hasattr(model, "_spectralquant_before")
+        try:
+            yield self.apply_to(model)
+        finally:
+            if not before:
+                self.remove_from(model)
+
+    def cache(self, model: PreTrainedModel) -> SpectralCache:
+        """An empty cache for `model.generate(..., past_key_values=cache)`; applies the engine to the model."""
+        self.apply_to(model)
+        return SpectralCache(model.config, self._codec(model), self.cache_config)
+
+    def _codec(self, model: PreTrainedModel) -> dict[int, LayerCodec]:
+        profile = self._profile(model)
+        key = (profile.model["weights"], str(model.device))
+        if key not in self._codecs:
+            self._codecs[key] = build_codec(profile, self.preset, self.dials, model.device)
+        return self._codecs[key]
+
+    # Generation -----------------------------------------------------------------------------------------------------
+
+    def generate(self, model: PreTrainedModel, tokenizer: Any, prompt: Any, max_new_tokens: int = 200, *, add_special_tokens: bool = True, **generation: Any) -> dict[str, Any]:
+        """Generate from a compressed cache.
+
+        Args:
+            model, tokenizer: Calibrated on first use with the bundled corpus when this engine holds no calibration at all.
+            prompt: A string, a list of strings (a left-padded batch), chat messages ([{"role":, "content":}, ...]), or token ids.
+            max_new_tokens: 0 returns the prompt and no token.
+            add_special_tokens: As in the tokenizer, for strings.
+            **generation: Any option of transformers' `generate`, `streamer` and `generation_config` included.
+
+        Returns:
+            {text, tokens, stats}: the new text and token ids (lists when `prompt` is a batch), and what was measured; seconds
+            count everything, prefill and compression included.
+        """
+        count = require_int("max_new_tokens", max_new_tokens, 0)
+        inputs = prompts.encode(tokenizer, prompt, add_special_tokens, model.device)
+        if self._latest is None:
+            self.calibrate(model, tokenizer)
+        with self.applied_to(model):
+            began = time.perf_counter()
+            cache = self.cache(model)
+            sequences = inputs.ids
+            if count:
+                generation = prompts.with_pad_token(model, tokenizer, generation)
+                out = model.generate(input_ids=inputs.ids, attention_mask=inputs.mask, past_key_values=cache, max_new_tokens=count, **generation)
+                sequences = getattr(out, "sequences", out)
+            seconds = time.perf_counter() - began
+        new = sequences[:, inputs.ids.shape[1] :]
+        tokens = [prompts.strip_padding(row, tokenizer) for row in new]
+        texts = [tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
+        made = sum(len(t) for t in tokens)
+        self._last_stats = self._stats(cache, made, seconds)
+        batch = inputs.batched or len(texts) > 1
+        return {"text": texts if batch else texts[0], "tokens": tokens if batch else tokens[0], "stats": self._last_stats}
+
+    def compress_prefill(self, model: PreTrainedModel, tokenizer: Any, prompt: Any, *, add_special_tokens: bool = True) -> dict[str, Any]:
+        """Run a prompt once and keep its compressed cache for any number of follow-ups.
+
+        `model.generate(**tokenizer(question), past_key_values=result["cache"])` continues it, given only the new tokens or the whole text,
+        and works on a copy: every follow-up sees the same prefix. The engine stays applied to the model.
+
+        Returns:
+            {input_ids [1, T], logits [1, vocabulary] of the last position, next_token, cache, prompt_length, stats}
+        """
+        inputs = prompts.encode(tokenizer, prompt, add_special_tokens, model.device)
+        if len(inputs.ids) != 1:
+            raise ConfigError(f"prompt holds {len(inputs.ids)} sequences; compress_prefill takes one")
+        if self._latest is None:
+            self.calibrate(model, tokenizer)
+        began = time.perf_counter()
+        cache = self.cache(model)
+        keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        with torch.no_grad():
+            logits = model(input_ids=inputs.ids, past_key_values=cache, use_cache=True, **keep).logits[:, -1]
+        cache.prefix_ids = inputs.ids
+        self._last_stats = self._stats(cache, 0, time.perf_counter() - began)
+        return {
+            "input_ids": inputs.ids,
+            "logits": logits,
+            "next_token": int(logits.argmax(-1)),
+            "cache": cache,
+            "prompt_length": inputs.ids.shape[1],
+            "stats": self._last_stats,
+        }
+
+    prefill_compress = compress_prefill
+    generate_compressed = generate
+
+    def collect_kv(self, model: PreTrainedModel, tokenizer: Any, prompt: Any) -> DynamicCache:
+        """The uncompressed cache of a prompt."""
+        inputs = prompts.encode(tokenizer, prompt, True, model.device)
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        with torch.no_grad():
+            model.base_model(input_ids=inputs.ids, attention_mask=inputs.mask, past_key_values=cache, use_cache=True)
+        return cache
+
+    def compress_kv_cache(self, past_key_values: DynamicCache, model: PreTrainedModel) -> SpectralCache:
+        """A compressed copy of an uncompressed cache of `model`."""
+        cache = self.cache(model)
+        for i, (layer, dense) in enumerate(zip(cache.layers, past_key_values.layers, strict=True)):
+            if isinstance(layer, SpectralLayer):
+                layer.update(dense.keys, dense.values)
+            else:
+                cache.layers[i] = dense
+        return cache
+
+    # Figures --------------------------------------------------------------------------------------------------------
+
+    def compression_stats(self, past_key_values: SpectralCache | None = None) -> dict[str, Any]:
+        """Before calibration {preset, expected_ratio, calibrated: False}; after: bytes per token and the figures of the last run or cache."""
+        base = {"preset": self.preset.name, "expected_ratio": self.preset.ratio}
+        if self._latest is None:
+            return {**base, "calibrated": False}
+        profile = self._profile()
+        layout = next(iter(build_codec(profile, self.preset, self.dials).values())).layout
+        layers = profile.layers.values()
+        heads = sum(layer.heads for layer in layers)
+        exact = profile.exact_share * 2
+        dense = sum(4 * layer.heads * layer.head_dim for layer in layers)
+        key = sum(layer.heads * (layout.key_planes / 4 + 1 + exact * layer.head_dim) for layer in layers)
+        value = sum(layer.heads * (layout.value_planes / 4 + 1 + exact * layer.head_dim) for layer in layers)
+        live = self._last_stats if past_key_values is None else self._stats(past_key_values, 0, 0.0)
+        return {
+            **base, "calibrated": True, "fp16_bytes_per_token": dense, "sq_key_bytes": key, "sq_val_bytes": value,
+            "sq_ratio": dense / (key + value), "d_eff": _spectrum_summary(profile, self.preset)["d_eff_mean"], "n_heads": heads, **live,
+        }  # fmt: skip
+
+    def _stats(self, cache: SpectralCache, new_tokens: int, seconds: float) -> dict[str, Any]:
+        segments = [layer.segment for layer in cache.coded_layers if layer.segment is not None]
+        held, codec = cache.nbytes, cache.codec_bytes
+        return {
+            "seq_len": cache.get_seq_length(),
+            "n_layers": len(cache.coded_layers),
+            "n_kv_heads": segments[0].recent_keys.shape[1] if segments else 0,
+            "fp16_bytes": cache.dense_bytes,
+            "compressed_bytes": held,
+            "ratio": cache.dense_bytes / held if held else 0.0,
+            "codec_bytes": codec,
+            "ratio_with_codec": cache.dense_bytes / (held + codec) if held + codec else 0.0,
+            "new_tokens": new_tokens,
+            "seconds": seconds,
+            "tokens_per_second": new_tokens / seconds if seconds else 0.0,
+            "preset": self.preset.name,
+        }
+
+
+def _spectrum_summary(profile: Profile, preset: CompressionPreset) -> dict[str, Any]:
+    variances = [side.variance for layer in profile.layers.values() for side in (layer.key, layer.value)]
+    sizes = torch.tensor([semantic_size(row[None], preset.d_eff_variance) for v in variances for row in v]).double()
+    gaps = torch.cat([v[:, 0] / v[:, 1].clamp_min(1e-20) for v in variances]).double()
+    return {
+        "n_heads": sum(layer.heads for layer in profile.layers.values()),
+        "d_eff_mean": float(sizes.mean()),
+        "d_eff_min": int(sizes.min()),
+        "d_eff_max": int(sizes.max()),
+        "gap_mean": float(gaps.mean()),
+        "gap_median": float(gaps.median()),
+    }
+
+
+@contextmanager
+def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,66 @@
+"""`model.generate` for caches that hold a prefix: works on a copy, and takes the new tokens alone or the whole text.
+
+transformers takes a non-empty cache to hold the first tokens of `input_ids` and slices them off. A user who compressed a document
+once wants to pass a question alone, several times. So on a model that an engine was applied to, `generate` puts the prefix in front
+when it is missing, hands transformers a copy of the cache, and takes the prefix off the result. Everything else passes through.
+"""
+
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spectralquant.cache.hf import SpectralCache
+
+
+def install_generate(model: PreTrainedModel) -> None:
+    """Wrap this instance's `generate`."""
+    original = model.generate
+
+    @wraps(original)
+    def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, SpectralCache):
+            return original(inputs, *args, **kwargs)
+        if cache.prefix_ids is not None:
+            return _follow_up(original, inputs, args, kwargs, cache)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and cache.get_seq_length() == 0:
+            cache.set_padding(mask)
+        return original(inputs, *args, **kwargs)
+
+    model.generate = generate  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def remove_generate(model: PreTrainedModel) -> None:
+    """Undo `install_generate`."""
+    model.__dict__.pop("generate", None)
+
+
+def _follow_up(original: Any, inputs: Tensor | None, args: Any, kwargs: dict[str, Any], cache: SpectralCache) -> Any:
+    prefix, cache = cache.prefix_ids, cache.copy()
+    assert prefix is not None
+    cache.prefix_ids = None
+    ids = kwargs.pop("input_ids", inputs)
+    batch, width = ids.shape[0], prefix.shape[1]
+    if batch > 1:
+        cache.batch_repeat_interleave(batch)
+    whole = ids.shape[1] >= width and bool((ids[:, :width] == prefix.to(ids.device)).all())
+    if not whole:
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            kwargs["attention_mask"] = torch.cat([mask.new_ones((batch, width)), mask], 1)
+        if kwargs.get("max_length") is not None:
+            kwargs["max_length"] += width
+        ids = torch.cat([prefix.to(ids.device).expand(batch, -1), ids], 1)
+    elif ids.shape[1] == width:
+        cache.crop(-1)  # generation needs one token to start from
+    out = original(ids, *args, **{**kwargs, "past_key_values": cache})
+    if whole:
+        return out
+    if isinstance(out, Tensor):
+        return out[:, width:]
+    out.sequences = out.sequences[:, width:]
+    return out

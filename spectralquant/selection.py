@@ -1,0 +1,120 @@
+"""Choosing among codecs by what they do to the model: KL on windows kept out of the statistics.
+
+The best recipe differs between models (a query metric helps one and hurts another), so the menu is measured, not argued about. The search
+starts from the recipe that is best on most models and tries one change after another, keeping each that lowers mean
+KL(uncompressed || compressed) by more than 2 %. Prefixes are run once; a candidate costs one encoding and one forward of
+the scored tokens, which read real packed codes through the real cache.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from spectralquant.cache.hf import SpectralCache, SpectralLayer
+from spectralquant.calibration.fit import fit_profile
+from spectralquant.calibration.hf import ModelStatistics
+from spectralquant.codec.codec import build_codec
+from spectralquant.config import CacheConfig, Dials
+from spectralquant.errors import ConfigError
+from spectralquant.presets import CompressionPreset
+from spectralquant.profile import Choices, Profile
+
+SCORED_SHARE = 5
+"""One token in so many of a held-out window is scored, the others are its context."""
+GAIN_NEEDED = 0.98
+CHANGES: tuple[dict[str, Any], ...] = (
+    {"exact_below": 0.0},
+    {"key_gain": "rms"},
+    {"value_shift": -0.25},
+    {"query_metric": False},
+    {"output_metric": False},
+    {"run": 0},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """A held-out window: the uncompressed cache of its context, its scored tokens [1, S], and their log-probabilities [S, V]."""
+
+    context: DynamicCache
+    scored: Tensor
+    reference: Tensor
+
+
+def choose(
+    model: PreTrainedModel,
+    statistics: ModelStatistics,
+    held_out: list[Tensor],
+    preset: CompressionPreset,
+    config: CacheConfig,
+    progress: Callable[[str], None] = lambda label: None,
+) -> Profile:
+    """The profile with the least KL of the menu, its certificate filled in. The model must use our attention implementation."""
+    windows = [_prepare(model, ids) for ids in held_out]
+    rows: list[dict[str, Any]] = []
+    best, best_kl = Choices(), float("inf")
+    for change in ({}, *CHANGES):
+        choices = replace(best, **change)
+        if choices == best and rows:
+            continue
+        profile = fit_profile(statistics, choices)
+        try:
+            result = measure(model, windows, profile, preset, config)
+        except ConfigError:  # the budget can't hold this candidate
+            continue
+        better = result["kl"] < best_kl * (GAIN_NEEDED if rows else 1.0)
+        rows.append({"choices": asdict(choices), "changed": change, **result, "kept": better})
+        progress(f"{'start' if not change else ' '.join(f'{k}={v}' for k, v in change.items())}: KL {result['kl']:.4f}")
+        if better:
+            best, best_kl = choices, result["kl"]
+    winner = next(r for r in reversed(rows) if r["kept"])
+    certificate = {
+        "preset": preset.name,
+        "windows": len(windows),
+        "scored_tokens": sum(w.scored.shape[1] for w in windows),
+        "kl": winner["kl"],
+        "agreement": winner["agreement"],
+        "menu": rows,
+    }
+    return fit_profile(statistics, best, certificate)
+
+
+def _prepare(model: PreTrainedModel, ids: Tensor) -> _Window:
+    split = ids.shape[1] - max(ids.shape[1] // SCORED_SHARE, 1)
+    context = DynamicCache(config=model.config.get_text_config(decoder=True))
+    ids = ids.to(model.device)
+    with torch.no_grad():
+        model.base_model(input_ids=ids[:, :split], past_key_values=context, use_cache=True)
+        logits = model(input_ids=ids[:, split:], past_key_values=_copy(context), use_cache=True).logits[0]
+    return _Window(context, ids[:, split:], logits.float().log_softmax(-1))
+
+
+def _copy(cache: DynamicCache) -> DynamicCache:
+    import copy
+
+    return copy.deepcopy(cache)
+
+
+def measure(
+    model: PreTrainedModel, windows: list[_Window], profile: Profile, preset: CompressionPreset, config: CacheConfig
+) -> dict[str, float]:
+    """Mean KL (nats per token) and argmax agreement of `profile` over the windows."""
+    codecs = build_codec(profile, preset, Dials(), model.device)
+    divergence, agree = [], []
+    for window in windows:
+        cache = SpectralCache(model.config, codecs, config)
+        for i, (layer, dense) in enumerate(zip(cache.layers, _copy(window.context).layers, strict=False)):
+            if isinstance(layer, SpectralLayer):
+                layer.update(dense.keys, dense.values)
+            else:
+                cache.layers[i] = dense
+        with torch.no_grad():
+            logits = model(input_ids=window.scored, past_key_values=cache, use_cache=True).logits[0]
+        got = logits.float().log_softmax(-1)
+        divergence.append((window.reference.exp() * (window.reference - got)).sum(-1))
+        agree.append((window.reference.argmax(-1) == got.argmax(-1)).float())
+    return {"kl": float(torch.cat(divergence).mean()), "agreement": float(torch.cat(agree).mean())}
