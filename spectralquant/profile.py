@@ -48,12 +48,14 @@ class LayerProfile:
     Attributes:
         key, value: The two transforms.
         value_norm: [H] float32, median of |v|^2 over calibration tokens: the scale against which sinks are recognised.
+        peak: Largest |k| or |v| seen: decides which 16-bit dtype holds exact tokens of float32 models.
         rotary: Rotation of the keys, or None for the plain frame.
     """
 
     key: SideProfile
     value: SideProfile
     value_norm: Tensor
+    peak: float
     rotary: Rotary | None = None
 
     @property
@@ -127,6 +129,7 @@ class Profile:
             "exact_share": repr(self.exact_share),
             "model": json.dumps(self.model, sort_keys=True),
             "certificate": json.dumps(self.certificate),
+            "peak": json.dumps({i: p.peak for i, p in self.layers.items()}),
             "interleaved": json.dumps({i: p.rotary.interleaved for i, p in self.layers.items() if p.rotary}),
         }
         handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
@@ -207,11 +210,12 @@ def _to_tensors(profile: Profile) -> dict[str, Tensor]:
 
 def _from_tensors(tensors: dict[str, Tensor], header: dict[str, str]) -> Profile:
     interleaved = {int(i): flag for i, flag in json.loads(header["interleaved"]).items()}
+    peak = {int(i): value for i, value in json.loads(header["peak"]).items()}
     layers: dict[int, LayerProfile] = {}
     for i in sorted({int(name.split(".")[1]) for name in tensors}):
         sides = {n: SideProfile(*(tensors[f"layers.{i}.{n}.{p}"] for p in ("mean", "basis", "variance"))) for n in (KEY, VALUE)}
         rotary = Rotary(tensors[f"layers.{i}.inv_freq"], interleaved[i]) if i in interleaved else None
-        layers[i] = LayerProfile(sides[KEY], sides[VALUE], tensors[f"layers.{i}.value_norm"], rotary)
+        layers[i] = LayerProfile(sides[KEY], sides[VALUE], tensors[f"layers.{i}.value_norm"], peak[i], rotary)
         _require_shapes(i, layers[i])
     return Profile(
         layers,

@@ -116,7 +116,7 @@ def _packed_part(q: _Query, kv: PackedKV) -> _Softmax:
         _packed_tile(q, kv, state, first, min(first + kv.tile_tokens, kv.packed))
     # The last column is sum p g: the zero point 1.5 of all planes at once.
     coded, gained = state.total[..., :planes], state.total[..., planes:]
-    state.total = (coded - 1.5 * gained) @ codec.value.decode_matrix + codec.value.mean[0][:, None] * state.mass[..., None]
+    state.total = (coded - 1.5 * gained) @ codec.value.decode_matrix + codec.value.mean[:, None] * state.mass[..., None]
     return state
 
 
@@ -125,7 +125,7 @@ def _packed_tile(q: _Query, kv: PackedKV, state: _Softmax, first: int, last: int
     key, key_gain, value, value_gain = kv.codec.layout.split(records)
     gain_code = unpack_gains(key_gain).flatten(2)
     planes = unpack_key_planes(key).flatten(2, 3).float()
-    if kv.codec.run:
+    if kv.codec.frame is not None:
         scores, bias = _anchored_scores(q.states, kv, planes, first, last)
     else:
         scores, bias = _plain_scores(q.states, kv, planes)
@@ -140,22 +140,21 @@ def _packed_tile(q: _Query, kv: PackedKV, state: _Softmax, first: int, last: int
 def _plain_scores(states: Tensor, kv: PackedKV, planes: Tensor) -> tuple[Tensor, Tensor]:
     """(c - 1.5) . (q W^T) of planes [B, H, T, P], and q . mean, both [B, H, N, T or 1]."""
     coded = states @ kv.codec.key.decode_matrix.mT
-    return coded @ planes.mT - 1.5 * coded.sum(-1, keepdim=True), states @ kv.codec.key.mean[0][:, :, None]
+    return coded @ planes.mT - 1.5 * coded.sum(-1, keepdim=True), states @ kv.codec.key.mean[:, :, None]
 
 
 def _anchored_scores(states: Tensor, kv: PackedKV, planes: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
     """The same with the query turned into the frame of each anchored run."""
-    codec, run = kv.codec, kv.codec.run
-    assert codec.rotary is not None
-    anchors = codec.anchors(torch.arange(first, last, run, device=states.device), kv.start)  # [B, runs]
-    turned = codec.rotary.rotate(states[:, :, None], -anchors[:, None, :, None])  # [B, H, runs, N, D]
+    codec, frame = kv.codec, kv.codec.frame
+    assert frame is not None
+    anchors = frame.anchors(torch.arange(first, last, frame.run, device=states.device), kv.start)  # [B, runs]
+    turned = frame.rotary.rotate(states[:, :, None], -anchors[:, None, :, None])  # [B, H, runs, N, D]
     coded = turned @ codec.key.decode_matrix.mT[:, None]
-    pad = -(last - first) % run
-    by_run = torch.nn.functional.pad(planes, (0, 0, 0, pad)).unflatten(2, (-1, run))
+    missing = -(last - first) % frame.run  # the last run may be half full
+    by_run = torch.nn.functional.pad(planes, (0, 0, 0, missing)).unflatten(2, (-1, frame.run))
     scores = coded @ by_run.mT - 1.5 * coded.sum(-1, keepdim=True)
-    bias = turned @ codec.key_mean(torch.arange(run, device=states.device))[:, None].mT
-    count = last - first
-    return _join_runs(scores)[..., :count], _join_runs(bias.expand_as(scores))[..., :count]
+    bias = frame.mean_scores(turned, codec.key.mean)
+    return _join_runs(scores)[..., : last - first], _join_runs(bias)[..., : last - first]
 
 
 def _join_runs(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from spectralquant.cache.segment import Segment
-from spectralquant.codec.codec import LayerCodec
+from spectralquant.codec.codec import LayerCodec, codec_nbytes
 from spectralquant.codec.packed import LazyKV
 from spectralquant.config import CacheConfig
 from spectralquant.errors import ConfigError, UnsupportedModelError
@@ -139,7 +139,7 @@ class SpectralCache(DynamicCache):
     @property
     def codec_bytes(self) -> int:
         """Bytes of the codec's constants, which all caches of one model share."""
-        return sum(layer.codec.nbytes for layer in self.coded_layers)
+        return codec_nbytes(layer.codec for layer in self.coded_layers)
 
     @property
     def dense_bytes(self) -> int:

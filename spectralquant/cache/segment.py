@@ -2,7 +2,11 @@
 
 Buffers are preallocated and grow geometrically (by an eighth), so appending is amortised O(1) and slack stays small; all of it
 counts in `nbytes`. A token enters the window exact. When the window holds 128 tokens more than `window`, its
-oldest 128 are packed at the start of the next update, so attention always sees the tokens of its own call exactly.
+oldest 128 are packed at the start of the next update, so attention always sees the tokens of its own call exactly. Updates
+that do not fit the window (prefill, chunks) go through a temporary copy, at most one layer's at a time.
+
+Exact tokens are 16-bit, as in the FP16 cache this one replaces: models in float16 and bfloat16 keep their own dtype, float32 models
+use float16, or bfloat16 where calibration saw values within a factor 4 of float16's range.
 """
 
 from collections.abc import Callable
@@ -15,10 +19,6 @@ from spectralquant.codec.layout import MASKED_GAIN, UNIT, pack_gains, pack_key_p
 from spectralquant.codec.packed import PackedKV
 from spectralquant.config import CacheConfig
 from spectralquant.errors import ShapeError
-
-STEP_TOKENS = 16
-"""Tokens that one update may append in place; longer ones (chunked prefill) go through a temporary copy."""
-
 
 class Segment:
     """Keys and values of B sequences in one layer.
@@ -38,13 +38,13 @@ class Segment:
         want = codec.key.encode_matrix.shape[:2]
         if (heads, dim) != tuple(want):
             raise ShapeError(f"keys have {heads} heads of size {dim}, the calibration has {want[0]} of size {want[1]}; calibrate this model")
-        self.codec, self.config, self.start = codec, config, start
+        self.codec, self.config, self.start, self.dtype = codec, config, start, keys.dtype
         self.packed = self.recent = 0  # tokens in the packed store and in the window
         self.records = keys.new_empty((batch, heads, 0, codec.layout.record_bytes), dtype=torch.uint8)
-        capacity = config.window + UNIT + STEP_TOKENS
-        self.recent_keys = keys.new_empty((batch, heads, capacity, dim))
+        dtype = codec.exact_dtype if keys.dtype == torch.float32 else keys.dtype
+        self.recent_keys = torch.empty((batch, heads, config.window + UNIT, dim), dtype=dtype, device=keys.device)
         self.recent_values = torch.empty_like(self.recent_keys)
-        self.exact_keys = keys.new_empty((batch, heads, 0, dim))
+        self.exact_keys = self.recent_keys.new_empty((batch, heads, 0, dim))
         self.exact_values = torch.empty_like(self.exact_keys)
         self.exact_slots = torch.empty((batch, 0), dtype=torch.int32, device=keys.device)
         self.secondary = torch.zeros(batch, dtype=torch.int64, device=keys.device)  # exact tokens besides the sinks
@@ -73,8 +73,8 @@ class Segment:
             view = self._view(self.recent_keys[:, :, : self.recent], self.recent_values[:, :, : self.recent])
             return None if was_empty else view
         if self.recent:
-            keys = torch.cat([self.recent_keys[:, :, : self.recent], keys], -2)
-            values = torch.cat([self.recent_values[:, :, : self.recent], values], -2)
+            keys = torch.cat([self.recent_keys[:, :, : self.recent].to(keys.dtype), keys], -2)
+            values = torch.cat([self.recent_values[:, :, : self.recent].to(values.dtype), values], -2)
         view = self._view(keys, values)
         self._replace_recent(keys, values)
         return None if was_empty else view
@@ -82,7 +82,7 @@ class Segment:
     def _view(self, raw_keys: Tensor, raw_values: Tensor) -> PackedKV:
         return PackedKV(
             self.codec, self.records, self.packed, self.exact_keys, self.exact_values, self.exact_slots,
-            raw_keys, raw_values, self.start, self.config.tile_tokens,
+            raw_keys, raw_values, self.start, self.dtype, self.config.tile_tokens,
         )  # fmt: skip
 
     def _replace_recent(self, keys: Tensor, values: Tensor) -> None:
@@ -148,7 +148,7 @@ class Segment:
         have = self.records.shape[2]
         if need > have:
             size = max(need, have + have // 8)
-            self.records = _grow(self.records, 2, size + size % 2, fill=0)  # even: anchored runs are two units
+            self.records = _grow(self.records, 2, size, fill=0)
 
     def _reserve_exact(self, need: int) -> None:
         have = self.exact_slots.shape[1]

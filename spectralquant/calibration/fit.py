@@ -25,7 +25,7 @@ def fit_profile(statistics: ModelStatistics, choices: Choices, certificate: dict
         median = norms.median(1).values.clamp_min(1e-12)
         key = _fit_key(stats.keys.mean, stats.keys.second, stats.queries.second, rotary, choices)
         value = _fit_value(stats.values.mean, stats.values.second, statistics.output_metric.get(index), choices)
-        layers[index] = LayerProfile(key, value, median.float(), rotary)
+        layers[index] = LayerProfile(key, value, median.float(), stats.peak, rotary)
         shares.append(float(((norms / median[:, None]).mean(0) < choices.exact_below).double().mean()))
     return Profile(layers, choices, sum(shares) / len(shares), statistics.fingerprint, certificate or {})
 

@@ -47,12 +47,14 @@ class LayerStatistics:
 
     Attributes:
         keys, queries, values: Moments per KV head; queries of a group are pooled in the KV head they read.
+        peak: Largest |k| or |v| seen.
         value_norms: |v|^2, [H, n] per batch, at most MAX_NORMS tokens in all.
     """
 
     keys: Moments = field(default_factory=Moments)
     queries: Moments = field(default_factory=Moments)
     values: Moments = field(default_factory=Moments)
+    peak: float = 0.0
     value_norms: list[Tensor] = field(default_factory=list)
 
     def add(self, keys: Tensor, queries: Tensor, values: Tensor) -> None:
@@ -60,5 +62,6 @@ class LayerStatistics:
         self.keys.add(keys)
         self.queries.add(queries)
         self.values.add(values)
+        self.peak = max(self.peak, float(keys.abs().max()), float(values.abs().max()))
         if sum(n.shape[1] for n in self.value_norms) < MAX_NORMS:
             self.value_norms.append(values.float().square().sum(-1).cpu())

@@ -13,6 +13,7 @@ K of an anchored layer is coded as `k R(-t0)`, t0 the position of the first toke
 mean `mean R(j)`, j the offset in the run. Computed in float32; 8-bit log gains cover 2^-15.9 .. 2^15.9.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ class SideCodec:
     Attributes:
         encode_matrix: [H, D, D], A with column i divided by sd_i: u = (x - mean) @ encode_matrix has unit variance.
         decode_matrix: [H, P, D], W.
-        mean: [1, H, D], or [run, H, D] for a trajectory mean.
+        mean: [H, D].
         scale: [H, D], sd_i.
         step: [H, D], quantizer steps in units of sd_i; 0 for dropped coordinates.
         top: [H, D], 2^b_i - 1 (float).
@@ -93,86 +94,127 @@ class LayerCodec:
     Attributes:
         key, value: The two codecs.
         layout: Record layout, the same in every layer.
-        rotary: Rotation of the anchored frame, or None for the plain frame.
-        run: Tokens per anchored run, 0 in the plain frame.
+        frame: The anchored frame, or None for the plain frame.
         value_norm: [H] float32, medians of |v|^2.
         exact_below: See `Choices`.
+        exact_dtype: 16-bit dtype that holds exact tokens of a float32 model.
     """
 
     key: SideCodec
     value: SideCodec
     layout: RecordLayout
-    rotary: Rotary | None
-    run: int
+    frame: "AnchoredFrame | None"
     value_norm: Tensor
     exact_below: float
+    exact_dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
-        rotary = 0 if self.rotary is None else self.rotary.inv_freq.untyped_storage().nbytes()
-        return self.key.nbytes + self.value.nbytes + rotary + self.value_norm.untyped_storage().nbytes()
+        """Bytes of the constants of this layer; the frame's tables are shared by all layers and counted once by `codec_nbytes`."""
+        return self.key.nbytes + self.value.nbytes + self.value_norm.untyped_storage().nbytes()
 
     @property
     def head_dim(self) -> int:
         return self.key.encode_matrix.shape[-1]
 
-    def anchors(self, slots: Tensor, start: Tensor) -> Tensor:
-        """Position of the first token of each slot's run: [B, T], for slots [T] and sequence starts [B] (slots of left padding)."""
-        return (slots // self.run * self.run)[None] - start[:, None]
-
     def encode(self, keys: Tensor, values: Tensor, slots: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """K planes, K gain codes, V planes, V gain codes of keys and values [B, H, T, D] in cache slots [T]."""
         x = keys.float()
-        if self.rotary is not None:
-            x = self.rotary.rotate(x, -self.anchors(slots, start)[:, None])
-        x = x - self.key_mean(slots)
-        planes, gains = self.key.encode(x)
-        value_planes, value_gains = self.value.encode(values.float() - self.value.mean[0][:, None])
+        if self.frame is not None:
+            x = self.frame.rotary.rotate(x, -self.frame.anchors(slots, start)[:, None])
+        planes, gains = self.key.encode(x - self.key_mean(slots))
+        value_planes, value_gains = self.value.encode(values.float() - self.value.mean[:, None])
         return planes, gains, value_planes, value_gains
 
     def decode_keys(self, planes: Tensor, gains: Tensor, slots: Tensor, start: Tensor) -> Tensor:
         """Inverse of the K half of `encode`: [B, H, T, D] float32."""
         x = self.key.decode(planes, gains) + self.key_mean(slots)
-        return x if self.rotary is None else self.rotary.rotate(x, self.anchors(slots, start)[:, None])
+        return x if self.frame is None else self.frame.rotary.rotate(x, self.frame.anchors(slots, start)[:, None])
 
     def decode_values(self, planes: Tensor, gains: Tensor) -> Tensor:
         """Inverse of the V half of `encode`: [B, H, T, D] float32."""
-        return self.value.decode(planes, gains) + self.value.mean[0][:, None]
+        return self.value.decode(planes, gains) + self.value.mean[:, None]
 
     def key_mean(self, slots: Tensor) -> Tensor:
         """Mean of K in the stored frame, [H, T, D] (T = 1 when it does not depend on the slot)."""
-        mean = self.key.mean if self.key.mean.shape[0] == 1 else self.key.mean[slots % self.run]
-        return mean.transpose(0, 1)
+        mean = self.key.mean[:, None]
+        if self.frame is None or not self.frame.trajectory:
+            return mean
+        return self.frame.rotary.rotate(mean, slots % self.frame.run)
+
+
+@dataclass(frozen=True, slots=True)
+class AnchoredFrame:
+    """The frame of K: keys are turned back by the position of the first token of their run. Shared by layers of equal rotation.
+
+    Attributes:
+        rotary: The rotation.
+        run: Tokens per run.
+        trajectory: The mean turns with the offset in the run.
+        turns: [2 D, run] float32, cos and sin of every coordinate at every offset: q . (mean R(j)) = [q mean, q mean'] turns_j,
+            where mean' is the quarter turn of the mean.
+    """
+
+    rotary: Rotary
+    run: int
+    trajectory: bool
+    turns: Tensor
+
+    def anchors(self, slots: Tensor, start: Tensor) -> Tensor:
+        """Position of the first token of each slot's run: [B, T], for slots [T] and sequence starts [B] (slots of left padding)."""
+        return (slots // self.run * self.run)[None] - start[:, None]
+
+    def mean_scores(self, turned: Tensor, mean: Tensor) -> Tensor:
+        """q . (mean R(j)), [..., H, R, N, run], for queries [..., H, R, N, D] in the frame of each run and mean [H, D]."""
+        mean = mean[:, None, None]
+        if not self.trajectory:
+            return (turned * mean).sum(-1, keepdim=True).expand(*turned.shape[:-1], self.run)
+        extra = mean.shape[-1] - self.rotary.dim
+        quarter = torch.nn.functional.pad(self.rotary.partner(mean[..., : self.rotary.dim]), (0, extra))
+        return torch.cat([turned * mean, turned * quarter], -1) @ self.turns
+
+
+def codec_nbytes(codecs: Iterable[LayerCodec]) -> int:
+    """Bytes of all constants of a model's codec, shared tables once."""
+    codecs = list(codecs)
+    frames = {id(c.frame): c.frame.turns.untyped_storage().nbytes() for c in codecs if c.frame is not None}
+    return sum(c.nbytes for c in codecs) + sum(frames.values())
 
 
 def build_codec(profile: Profile, preset: CompressionPreset, dials: Dials, device: torch.device | str = "cpu") -> dict[int, LayerCodec]:
     """Codecs of all coded layers, by layer index, all with the same record layout."""
-    layout = RecordLayout(*plane_counts(profile, preset, dials))
-    return {i: _build_layer(layer, profile, layout, preset, dials, torch.device(device)) for i, layer in profile.layers.items()}
+    layout, frames = RecordLayout(*plane_counts(profile, preset, dials)), {}
+    choices, device = profile.choices, torch.device(device)
+    out = {}
+    for index, layer in profile.layers.items():
+        frame = None
+        if layer.rotary is not None and choices.run:
+            same = (tuple(layer.rotary.inv_freq.tolist()), layer.rotary.interleaved)
+            frame = frames.setdefault(same, _build_frame(layer, choices.run, choices.trajectory, device))
+        key_bits = coordinate_bits(layer.key.variance, layout.key_planes, dials, preset, dials.noise_bits)
+        value_bits = coordinate_bits(layer.value.variance, layout.value_planes, dials, preset, dials.value_noise_bits)
+        out[index] = LayerCodec(
+            _build_side(layer.key, key_bits, choices.key_gain, device),
+            _build_side(layer.value, value_bits, choices.value_gain, device),
+            layout,
+            frame,
+            layer.value_norm.to(device),
+            choices.exact_below,
+            torch.float16 if layer.peak < torch.finfo(torch.float16).max / 4 else torch.bfloat16,
+        )
+    return out
 
 
-def _build_layer(
-    layer: LayerProfile, profile: Profile, layout: RecordLayout, preset: CompressionPreset, dials: Dials, device: torch.device
-) -> LayerCodec:
-    choices = profile.choices
-    rotary, run = (layer.rotary, choices.run) if choices.run else (None, 0)
-    mean = layer.key.mean[None]
-    if rotary is not None and choices.trajectory:
-        mean = rotary.rotate(layer.key.mean[None].double(), torch.arange(run)[:, None]).float()
-    key_bits = coordinate_bits(layer.key.variance, layout.key_planes, dials, preset, dials.noise_bits)
-    value_bits = coordinate_bits(layer.value.variance, layout.value_planes, dials, preset, dials.value_noise_bits)
-    return LayerCodec(
-        _build_side(layer.key, key_bits, mean, choices.key_gain, device),
-        _build_side(layer.value, value_bits, layer.value.mean[None], choices.value_gain, device),
-        layout,
-        rotary if rotary is None else Rotary(rotary.inv_freq.to(device), rotary.interleaved),
-        run if rotary is not None else 0,
-        layer.value_norm.to(device),
-        choices.exact_below,
-    )
+def _build_frame(layer: LayerProfile, run: int, trajectory: bool, device: torch.device) -> AnchoredFrame:
+    assert layer.rotary is not None
+    cos, sin = layer.rotary.cos_sin(torch.arange(run))
+    extra = layer.head_dim - layer.rotary.dim  # coordinates that do not turn: cos 1, sin 0
+    turns = torch.cat([torch.nn.functional.pad(cos, (0, extra), value=1.0), torch.nn.functional.pad(sin, (0, extra))], -1)
+    rotary = Rotary(layer.rotary.inv_freq.to(device), layer.rotary.interleaved)
+    return AnchoredFrame(rotary, run, trajectory, turns.T.contiguous().to(device))
 
 
-def _build_side(side: SideProfile, bits: Tensor, mean: Tensor, gain: str, device: torch.device) -> SideCodec:
+def _build_side(side: SideProfile, bits: Tensor, gain: str, device: torch.device) -> SideCodec:
     scale = side.variance.double().clamp_min(1e-20).sqrt()
     steps = torch.tensor([0.0] + [uniform_codebook(b).step or 0.0 for b in range(1, 9)], dtype=torch.float64)[bits]
     digits = bits // 2
@@ -187,7 +229,7 @@ def _build_side(side: SideProfile, bits: Tensor, mean: Tensor, gain: str, device
     return SideCodec(
         (side.basis.double() / scale[:, None]).float().to(device),
         decode.float().to(device),
-        mean.contiguous().to(device),
+        side.mean.to(device),
         scale.float().to(device),
         steps.float().to(device),
         (2.0**bits - 1).float().to(device),

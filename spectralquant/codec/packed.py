@@ -21,12 +21,13 @@ class PackedKV:
 
     Attributes:
         codec: Constants that decode `records`.
-        records: [B, H, U, record_bytes] uint8, U units allocated, an even number.
+        records: [B, H, U, record_bytes] uint8, U units allocated.
         packed: Tokens in the packed store, a multiple of 128.
-        exact_keys, exact_values: [B, H, E, D], model dtype.
+        exact_keys, exact_values: [B, H, E, D], 16-bit.
         exact_slots: [B, E] int32; -1 marks an unused entry.
-        raw_keys, raw_values: [B, H, R, D], model dtype; slots `packed` .. `packed + R - 1`.
+        raw_keys, raw_values: [B, H, R, D], 16-bit or model dtype; slots `packed` .. `packed + R - 1`.
         start: [B] int64, slots of left padding.
+        dtype: The model's dtype.
         tile_tokens: Tokens that tile-wise readers unpack at a time.
     """
 
@@ -39,6 +40,7 @@ class PackedKV:
     raw_keys: Tensor
     raw_values: Tensor
     start: Tensor
+    dtype: torch.dtype
     tile_tokens: int
 
     @property
@@ -57,16 +59,16 @@ class PackedKV:
     def dense(self, which: str) -> Tensor:
         """Keys ("key") or values ("value") of every slot, [B, H, length, D] in the model dtype."""
         raw = self.raw_keys if which == "key" else self.raw_values
-        out = raw.new_empty(self.shape)
+        out = raw.new_empty(self.shape, dtype=self.dtype)
         out[:, :, self.packed :] = raw
         for first in range(0, self.packed, self.tile_tokens):
             last = min(first + self.tile_tokens, self.packed)
-            out[:, :, first:last] = self._decode(which, first, last).to(raw.dtype)
+            out[:, :, first:last] = self._decode(which, first, last)
         exact = self.exact_keys if which == "key" else self.exact_values
         valid, heads = self.exact_valid(), torch.arange(raw.shape[1], device=raw.device)
         for row in range(raw.shape[0]):
             at = valid[row].nonzero()[:, 0]
-            out[row, heads[:, None], self.exact_slots[row, at].long()[None]] = exact[row][:, at]
+            out[row, heads[:, None], self.exact_slots[row, at].long()[None]] = exact[row][:, at].to(self.dtype)
         return out
 
     def _decode(self, which: str, first: int, last: int) -> Tensor:
@@ -92,7 +94,7 @@ class LazyKV(torch.Tensor):
     @staticmethod
     def __new__(cls, packed_kv: PackedKV, which: str) -> "LazyKV":
         raw = packed_kv.raw_keys
-        out = torch.Tensor._make_wrapper_subclass(cls, packed_kv.shape, dtype=raw.dtype, device=raw.device)  # pyright: ignore
+        out = torch.Tensor._make_wrapper_subclass(cls, packed_kv.shape, dtype=packed_kv.dtype, device=raw.device)  # pyright: ignore
         out.packed_kv, out.which = packed_kv, which
         return out
 
