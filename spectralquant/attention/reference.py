@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectralquant.codec.layout import MASKED_GAIN, UNIT, gain_values, unpack_gains, unpack_key_planes, unpack_value_planes
+from spectralquant.codec.layout import MASKED_GAIN, PAIRS, UNIT, gain_values, unpack_gains, unpack_pairs
 from spectralquant.codec.packed import PackedKV
 
 
@@ -121,38 +121,45 @@ def _packed_part(q: _Query, kv: PackedKV) -> _Softmax:
 
 
 def _packed_tile(q: _Query, kv: PackedKV, state: _Softmax, first: int, last: int) -> None:
+    """Take in slots first .. last - 1, a whole number of units that starts at a run."""
     records = kv.records[:, :, first // UNIT : last // UNIT]
     key, key_gain, value, value_gain = kv.codec.layout.split(records)
     gain_code = unpack_gains(key_gain).flatten(2)
-    planes = unpack_key_planes(key).flatten(2, 3).float()
     if kv.codec.frame is not None:
-        scores, bias = _anchored_scores(q.states, kv, planes, first, last)
+        scores, bias = _anchored_scores(q.states, kv, key, first, last)
     else:
-        scores, bias = _plain_scores(q.states, kv, planes)
-    scores = scores * gain_values(gain_code)[:, :, None] + bias
+        scores, bias = _plain_scores(q.states, kv, key)
+    scores = torch.addcmul(bias, scores, gain_values(gain_code)[:, :, None])
     weights = state.add(q.finish(scores, (gain_code != MASKED_GAIN)[:, :, None], slice(first, last)))
-    weights = weights * gain_values(unpack_gains(value_gain).flatten(2))[:, :, None]
-    codes = unpack_value_planes(value).flatten(2, 3).float()
-    state.total[..., :-1] += weights @ codes
+    weights *= gain_values(unpack_gains(value_gain).flatten(2))[:, :, None]
     state.total[..., -1] += weights.sum(-1)
+    codes = unpack_pairs(value, "value").float().flatten(3, 4)  # [4, B, H, U * 32, P]
+    by_pair = weights.unflatten(-1, (-1, 2, PAIRS, 16)).movedim(-2, 0).flatten(4)  # [4, B, H, N, U * 32]
+    state.total[..., :-1] += (by_pair @ codes).sum(0)
 
 
-def _plain_scores(states: Tensor, kv: PackedKV, planes: Tensor) -> tuple[Tensor, Tensor]:
-    """(c - 1.5) . (q W^T) of planes [B, H, T, P], and q . mean, both [B, H, N, T or 1]."""
+def _plain_scores(states: Tensor, kv: PackedKV, packed: Tensor) -> tuple[Tensor, Tensor]:
+    """(c - 1.5) . (q W^T) of packed keys [B, H, U, bytes] in token order, [B, H, N, T], and q . mean, [B, H, N, 1]."""
     coded = states @ kv.codec.key.decode_matrix.mT
-    return coded @ planes.mT - 1.5 * coded.sum(-1, keepdim=True), states @ kv.codec.key.mean[:, :, None]
+    scores = coded @ unpack_pairs(packed, "key").float().flatten(3, 4).mT  # [4, B, H, N, U * 32]
+    scores = scores.unflatten(-1, (-1, 2, 16)).movedim(0, -2).flatten(3)
+    return scores - 1.5 * coded.sum(-1, keepdim=True), states @ kv.codec.key.mean[:, :, None]
 
 
-def _anchored_scores(states: Tensor, kv: PackedKV, planes: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """The same with the query turned into the frame of each anchored run."""
+def _anchored_scores(states: Tensor, kv: PackedKV, packed: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """The same with the query turned into the frame of each anchored run; both [B, H, N, T]."""
     codec, frame = kv.codec, kv.codec.frame
     assert frame is not None
-    anchors = frame.anchors(torch.arange(first, last, frame.run, device=states.device), kv.start)  # [B, runs]
-    turned = frame.rotary.rotate(states[:, :, None], -anchors[:, None, :, None])  # [B, H, runs, N, D]
+    units = frame.run // UNIT
+    anchors = frame.anchors(torch.arange(first, last, frame.run, device=states.device), kv.start)  # [B, R]
+    turned = frame.rotary.rotate(states[:, :, None], -anchors[:, None, :, None])  # [B, H, R, N, D]
     coded = turned @ codec.key.decode_matrix.mT[:, None]
-    missing = -(last - first) % frame.run  # the last run may be half full
-    by_run = torch.nn.functional.pad(planes, (0, 0, 0, missing)).unflatten(2, (-1, frame.run))
-    scores = coded @ by_run.mT - 1.5 * coded.sum(-1, keepdim=True)
+    missing = -packed.shape[2] % units  # the last run may be half full
+    packed = torch.nn.functional.pad(packed, (0, 0, 0, missing)) if missing else packed
+    codes = unpack_pairs(packed.unflatten(2, (-1, units)), "key").float().flatten(4, 5)  # [4, B, H, R, units * 32, P]
+    scores = coded @ codes.mT
+    scores = scores.unflatten(-1, (units, 2, 16)).movedim(0, -2).flatten(4)  # [B, H, R, N, run]
+    scores = scores - 1.5 * coded.sum(-1, keepdim=True)
     bias = frame.mean_scores(turned, codec.key.mean)
     return _join_runs(scores)[..., : last - first], _join_runs(bias)[..., : last - first]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spectralquant.codec.codec import LayerCodec
-from spectralquant.codec.layout import MASKED_GAIN, UNIT, pack_gains, pack_key_planes, pack_value_planes
+from spectralquant.codec.layout import MASKED_GAIN, UNIT, pack_gains, pack_planes
 from spectralquant.codec.packed import PackedKV
 from spectralquant.config import CacheConfig
 from spectralquant.errors import ShapeError
@@ -112,9 +112,9 @@ class Segment:
         self._reserve_units((self.packed + reserve) // UNIT)
         first, last = self.packed // UNIT, (self.packed + count) // UNIT
         parts = (
-            pack_key_planes(planes.unflatten(2, (-1, UNIT))),
+            pack_planes(planes.unflatten(2, (-1, UNIT)), "key"),
             pack_gains(gains.masked_fill(masked, MASKED_GAIN).unflatten(2, (-1, UNIT))),
-            pack_value_planes(value_planes.unflatten(2, (-1, UNIT))),
+            pack_planes(value_planes.unflatten(2, (-1, UNIT)), "value"),
             pack_gains(value_gains.masked_fill(masked, MASKED_GAIN).unflatten(2, (-1, UNIT))),
         )
         self.records[:, :, first:last] = torch.cat(parts, -1)

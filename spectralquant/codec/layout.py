@@ -8,7 +8,8 @@ core operands. With lane = 4 r + c and word a = 2 a1 + a0:
     K (rows are tokens, k is planes):  token = 16 j + 8 a0 + r,              plane = 8 a1 + 2 c + half
     V (rows are planes, k is tokens):  token = 16 j + 8 a1 + 2 c + half,     plane = 8 a0 + r
 
-Words are little-endian: byte = 2 half + (j >= 4), bits 2 (j % 4). A *record* is one unit of one head, contiguous:
+Words are little-endian: byte = 2 half + (j >= 4), bits 2 (j % 4). So a byte holds one plane of the four tokens 64 jhi + 16 jlo + low,
+jlo = 0..3 in its bit pairs, for one of 32 groups (jhi, low): the same for K and V, which differ only in where the byte lies. A *record* is one unit of one head, contiguous:
 
     [K chunks: P_K / 16 * 512 B] [K gains: 128 B] [V chunks: P_V / 16 * 512 B] [V gains: 128 B]
 
@@ -17,6 +18,7 @@ token's packed slot is masked (it lives in the exact store, or is padding).
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,8 +34,9 @@ MASKED_GAIN = 0
 GAIN_OFFSET, GAIN_STEPS = 128, 8
 """Gain = 2^((code - GAIN_OFFSET) / GAIN_STEPS)."""
 
-# Axes of a chunk in memory order: r 8, c 4, a1 2, a0 2, half 2, jhi 2 (a byte holds jlo 0..3 in its bit pairs).
-_CHUNK_AXES = (8, 4, 2, 2, 2, 2)
+GROUPS = 32
+"""Bytes that hold one plane of a unit; each holds 4 tokens."""
+PAIRS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,41 +76,48 @@ class RecordLayout:
         return key, key_gain, value, value_gain
 
 
-def pack_key_planes(planes: Tensor) -> Tensor:
-    """planes [..., 128, P] uint8 in 0..3 -> [..., P / 16 * 512] bytes, K order."""
-    *lead, _, count = planes.shape
-    x = planes.reshape(*lead, 2, 4, 2, 8, count // 16, 2, 4, 2)  # jhi jlo a0 r | chunk a1 c half
-    x = _merge_pairs(x, axis=len(lead) + 1)  # jhi a0 r chunk a1 c half
-    return _permute_tail(x, len(lead), (3, 2, 5, 4, 1, 6, 0)).flatten(len(lead))
+@cache
+def _byte_order(which: str, planes: int, device: torch.device) -> Tensor:
+    """[32 * planes] int64: where the byte of (group, plane), group-major, lies in the packed codes of a unit."""
+    group, plane = torch.meshgrid(torch.arange(GROUPS), torch.arange(planes), indexing="ij")
+    jhi, low, in_chunk = group // 16, group % 16, plane % CHUNK_PLANES
+    row, k = (low, in_chunk) if which == "key" else (in_chunk, low)  # of the fragment
+    r, a0 = row % 8, row // 8
+    half, c, a1 = k % 2, k // 2 % 4, k // 8
+    offset = r * 64 + c * 16 + a1 * 8 + a0 * 4 + half * 2 + jhi
+    return (plane // CHUNK_PLANES * CHUNK_BYTES + offset).flatten().to(device)
 
 
-def pack_value_planes(planes: Tensor) -> Tensor:
-    """planes [..., 128, P] uint8 in 0..3 -> [..., P / 16 * 512] bytes, V order."""
-    *lead, _, count = planes.shape
-    x = planes.reshape(*lead, 2, 4, 2, 4, 2, count // 16, 2, 8)  # jhi jlo a1 c half | chunk a0 r
-    x = _merge_pairs(x, axis=len(lead) + 1)  # jhi a1 c half chunk a0 r
-    return _permute_tail(x, len(lead), (4, 6, 2, 1, 5, 3, 0)).flatten(len(lead))
+def pack_planes(planes: Tensor, which: str) -> Tensor:
+    """planes [..., 128, P] uint8 in 0..3 -> [..., P / 16 * 512] bytes; `which` is "key" or "value"."""
+    count = planes.shape[-1]
+    a, b, c, d = planes.unflatten(-2, (2, PAIRS, 16)).unbind(-3)  # jhi jlo low
+    merged = (a | (b << 2) | (c << 4) | (d << 6)).flatten(-3)
+    order = _byte_order(which, count, planes.device)
+    return torch.empty_like(merged).scatter_(-1, order.expand_as(merged), merged)
 
 
-def unpack_key_planes(packed: Tensor) -> Tensor:
-    """Inverse of `pack_key_planes`: [..., bytes] -> [..., 128, P] uint8."""
-    *lead, size = packed.shape
-    x = packed.reshape(*lead, size // CHUNK_BYTES, *_CHUNK_AXES)  # chunk r c a1 a0 half jhi
-    x = _permute_tail(x, len(lead), (6, 4, 1, 0, 3, 2, 5))  # jhi a0 r chunk a1 c half
-    return _split_pairs(x, axis=len(lead) + 1).reshape(*lead, UNIT, size // CHUNK_BYTES * CHUNK_PLANES)
+def unpack_pairs(packed: Tensor, which: str) -> Tensor:
+    """Packed codes [..., bytes] -> uint8 planes [4, ..., 32, P], token = 64 (group // 16) + 16 pair + group % 16.
+
+    The order in which bytes come apart without a transpose; `pairs_to_tokens` gives token order.
+    """
+    count = packed.shape[-1] // CHUNK_BYTES * CHUNK_PLANES
+    order = _byte_order(which, count, packed.device)
+    by_group = packed.gather(-1, order.expand(*packed.shape[:-1], -1)).unflatten(-1, (GROUPS, count))
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.int32, device=packed.device).view(PAIRS, *[1] * by_group.dim())
+    return ((by_group.view(torch.int32)[None] >> shifts) & 0x03030303).view(torch.uint8)
 
 
-def unpack_value_planes(packed: Tensor) -> Tensor:
-    """Inverse of `pack_value_planes`: [..., bytes] -> [..., 128, P] uint8."""
-    *lead, size = packed.shape
-    x = packed.reshape(*lead, size // CHUNK_BYTES, *_CHUNK_AXES)
-    x = _permute_tail(x, len(lead), (6, 3, 2, 5, 0, 4, 1))  # jhi a1 c half chunk a0 r
-    return _split_pairs(x, axis=len(lead) + 1).reshape(*lead, UNIT, size // CHUNK_BYTES * CHUNK_PLANES)
+def unpack_planes(packed: Tensor, which: str) -> Tensor:
+    """Inverse of `pack_planes`: [..., bytes] -> [..., 128, P] uint8 in token order."""
+    pairs = unpack_pairs(packed, which).unflatten(-2, (2, 16))  # pair ... jhi low P
+    return pairs.movedim(0, -3).flatten(-4, -2)
 
 
 def pack_gains(codes: Tensor) -> Tensor:
     """Gain codes [..., 128] uint8 in token order -> record order."""
-    return _permute_tail(codes.unflatten(-1, (8, 2, 8)), codes.dim() - 1, (2, 1, 0)).flatten(-3)
+    return codes.unflatten(-1, (8, 2, 8)).transpose(-1, -3).flatten(-3)
 
 
 def unpack_gains(packed: Tensor) -> Tensor:
@@ -124,16 +134,3 @@ def gain_values(codes: Tensor) -> Tensor:
 def gain_codes(gains: Tensor) -> Tensor:
     """Nearest gain codes (1..255, uint8) of positive float32 gains."""
     return (gains.log2() * GAIN_STEPS).round().add(GAIN_OFFSET).clamp(1, 255).to(torch.uint8)
-
-
-def _merge_pairs(x: Tensor, axis: int) -> Tensor:
-    a, b, c, d = x.unbind(axis)
-    return a | (b << 2) | (c << 4) | (d << 6)
-
-
-def _split_pairs(x: Tensor, axis: int) -> Tensor:
-    return torch.stack([(x >> shift) & 3 for shift in (0, 2, 4, 6)], axis)
-
-
-def _permute_tail(x: Tensor, lead: int, order: tuple[int, ...]) -> Tensor:
-    return x.permute(*range(lead), *(lead + i for i in order))

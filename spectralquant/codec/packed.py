@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from spectralquant.codec.codec import LayerCodec
-from spectralquant.codec.layout import UNIT, unpack_gains, unpack_key_planes, unpack_value_planes
+from spectralquant.codec.layout import UNIT, unpack_gains, unpack_planes
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,9 @@ class PackedKV:
         records = self.records[:, :, first // UNIT : last // UNIT]
         key, key_gain, value, value_gain = self.codec.layout.split(records)
         if which == "value":
-            return self.codec.decode_values(unpack_value_planes(value).flatten(2, 3), unpack_gains(value_gain).flatten(2))
+            return self.codec.decode_values(unpack_planes(value, which).flatten(2, 3), unpack_gains(value_gain).flatten(2))
         slots = torch.arange(first, last, device=records.device)
-        return self.codec.decode_keys(unpack_key_planes(key).flatten(2, 3), unpack_gains(key_gain).flatten(2), slots, self.start)
+        return self.codec.decode_keys(unpack_planes(key, which).flatten(2, 3), unpack_gains(key_gain).flatten(2), slots, self.start)
 
 
 class LazyKV(torch.Tensor):
