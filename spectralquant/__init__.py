@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     DEFAULT_CALIBRATION_TEXTS: list[str]
 
-__version__ = "0.1.0"
+from spectralquant.version import __version__ as __version__
 
 _LAZY = {
     "SpectralQuant": "spectralquant.api",
