@@ -119,6 +119,20 @@ class SpectralQuantEngine:
         self._add(profile)
         return profile
 
+    def calibrate_to(self, path: str | os.PathLike[str], model: PreTrainedModel, tokenizer: Any, **options: Any) -> Path:
+        """`calibrate`, then `save_calibration`."""
+        self.calibrate(model, tokenizer, **options)
+        return self.save_calibration(path, model)
+
+    def profile_of(self, model: PreTrainedModel) -> Profile:
+        """The calibration that is used for `model`.
+
+        Raises:
+            CalibrationError: There is none yet.
+            ProfileError: This engine's calibrations were made for other models.
+        """
+        return self._profile(model)
+
     def _add(self, profile: Profile) -> None:
         key = profile.model["weights"]
         self._profiles[key], self._latest = profile, key

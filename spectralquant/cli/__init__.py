@@ -1,0 +1,1 @@
+"""Command line: parses and calls, no logic of its own beyond what it shows."""

@@ -1,0 +1,21 @@
+"""A calibration's certificate as text: what was tried, what it measured, what was kept."""
+
+from spectralquant.profile import Profile
+
+
+def describe_certificate(profile: Profile) -> str:
+    """Several lines for a terminal."""
+    c = profile.certificate
+    head = (
+        f"certificate: {c['tokens']:,} tokens of the {c['corpus']} corpus, {c['seconds']:.0f} s; "
+        f"at '{c['preset']}' KL {c['kl']:.4f}, agreement {c['agreement']:.1%} on {c['scored_tokens']} held-out tokens"
+    )
+    rows = [
+        f"  {'kept   ' if row['kept'] else 'dropped'} {_name(row['changed']):<24} KL {row['kl']:.4f}  agreement {row['agreement']:.1%}"
+        for row in c["menu"]
+    ]
+    return "\n".join([head, *rows, f"  tokens kept exact in mid-text: {profile.exact_share:.2%}"])
+
+
+def _name(change: dict[str, object]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in change.items()) or "starting recipe"
