@@ -195,13 +195,15 @@ class SpectralQuantEngine:
     def cache(self, model: PreTrainedModel) -> SpectralCache:
         """An empty cache for `model.generate(..., past_key_values=cache)`; applies the engine to the model."""
         self.apply_to(model)
-        return SpectralCache(model.config, self._codec(model), self.cache_config)
+        return SpectralCache(model.config, self.profile_codec(model), self.cache_config)
 
-    def _codec(self, model: PreTrainedModel) -> dict[int, LayerCodec]:
+    def profile_codec(self, model: PreTrainedModel | None = None) -> dict[int, LayerCodec]:
+        """Layer index -> codec at this engine's preset and dials, on the model's device (without a model: the latest calibration's, on the CPU)."""
         profile = self._profile(model)
-        key = (profile.model["weights"], str(model.device))
+        device = torch.device("cpu") if model is None else model.device
+        key = (profile.model["weights"], str(device))
         if key not in self._codecs:
-            self._codecs[key] = build_codec(profile, self.preset, self.dials, model.device)
+            self._codecs[key] = build_codec(profile, self.preset, self.dials, device)
         return self._codecs[key]
 
     # Generation -----------------------------------------------------------------------------------------------------
@@ -300,7 +302,7 @@ class SpectralQuantEngine:
         if self._latest is None:
             return {**base, "calibrated": False}
         profile = self._profile()
-        layout = next(iter(build_codec(profile, self.preset, self.dials).values())).layout
+        layout = next(iter(self.profile_codec().values())).layout
         layers = profile.layers.values()
         heads = sum(layer.heads for layer in layers)
         exact = profile.exact_share * 2

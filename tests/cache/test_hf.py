@@ -1,0 +1,142 @@
+"""The cache inside real transformers code paths."""
+
+import pytest
+import torch
+from tiny_models import CONFIGS, TinyTokenizer, tiny_model
+from transformers import DynamicCache, PreTrainedModel
+
+from spectralquant.cache.hf import SpectralCache
+from spectralquant.corpus import get_default_calibration_texts
+from spectralquant.engine import SpectralQuantEngine
+from spectralquant.errors import UnsupportedModelError
+
+
+def ids(length: int, batch: int = 1) -> torch.Tensor:
+    return torch.randint(3, 199, (batch, length))
+
+
+@torch.no_grad()
+def test_nbytes_is_every_byte_held(engine: SpectralQuantEngine, llama: PreTrainedModel) -> None:
+    """Found by walking the object graph, not by asking the cache what it thinks it holds."""
+    cache = engine.cache(llama)
+    llama(ids(700), past_key_values=cache)
+    held: dict[int, int] = {}
+    for layer in cache.layers:
+        for value in vars(layer.segment).values():
+            if isinstance(value, torch.Tensor):
+                held[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    assert cache.nbytes == sum(held.values())
+    assert all(layer.keys is None and layer.values is None for layer in cache.layers)
+
+
+@torch.no_grad()
+def test_memory_per_token_stays_flat_while_decoding(engine: SpectralQuantEngine, llama: PreTrainedModel) -> None:
+    """Decoded tokens are compressed too: 1,000 more tokens cost packed bytes, not dense ones."""
+    cache = engine.cache(llama)
+    llama(ids(500), past_key_values=cache)
+    before = cache.nbytes
+    for _ in range(1000):
+        llama(ids(1), past_key_values=cache)
+    layer = cache.coded_layers[0]
+    heads, per_token = layer.segment.records.shape[1], layer.codec.layout.bytes_per_token
+    assert (cache.nbytes - before) / 1000 < 1.35 * heads * per_token * len(cache.layers)
+
+
+@pytest.mark.parametrize("foreign", ["sdpa", "eager"])
+@torch.no_grad()
+def test_foreign_attention_gives_the_same(engine: SpectralQuantEngine, llama: PreTrainedModel, foreign: str) -> None:
+    cache, more = engine.cache(llama), ids(7)
+    llama(ids(600), past_key_values=cache)
+    ours = llama(more, past_key_values=cache.copy()).logits
+    before = llama.config._attn_implementation
+    llama.set_attn_implementation(foreign)
+    theirs = llama(more, past_key_values=cache.copy()).logits
+    llama.set_attn_implementation(before)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_generate_before_anything_is_coded_equals_dense(engine: SpectralQuantEngine, llama: PreTrainedModel) -> None:
+    prompt = ids(60)
+    dense = llama.generate(prompt, max_new_tokens=40, do_sample=False)
+    coded = llama.generate(prompt, max_new_tokens=40, do_sample=False, past_key_values=engine.cache(llama))
+    assert torch.equal(dense, coded)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "top_k": 5}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+def test_generate_options(engine: SpectralQuantEngine, llama: PreTrainedModel, options: dict[str, object]) -> None:
+    prompt = ids(400)
+    out = llama.generate(prompt, max_new_tokens=12, past_key_values=engine.cache(llama), **options)
+    assert out.shape[1] > 400 and torch.equal(out[0, :400], prompt[0])
+
+
+@torch.no_grad()
+def test_left_padding_changes_nothing(engine: SpectralQuantEngine, llama: PreTrainedModel) -> None:
+    """Each row of a padded batch equals its own single run, packed blocks included."""
+    short, long = ids(430), ids(600)
+    batch = torch.cat([torch.cat([torch.zeros(1, 170, dtype=torch.long), short], 1), long])
+    mask = torch.ones_like(batch)
+    mask[0, :170] = 0
+    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
+    together = llama.generate(batch, attention_mask=mask, past_key_values=engine.cache(llama), **options)
+    for row, prompt in enumerate((short, long)):
+        alone = llama.generate(prompt, past_key_values=engine.cache(llama), **options)
+        # Blocks start at other tokens in the padded row, so codes differ a little; the long row has equal blocks.
+        error = (together.logits[0][row] - alone.logits[0][0]).norm() / alone.logits[0][0].norm()
+        assert error < (1e-4 if row else 0.2)
+
+
+@torch.no_grad()
+def test_reorder_select_and_repeat(engine: SpectralQuantEngine, llama: PreTrainedModel) -> None:
+    cache, step = engine.cache(llama), ids(1)
+    rows = ids(500, batch=3)
+    llama(rows, past_key_values=cache)
+    want = llama(step.expand(3, -1), past_key_values=cache.copy()).logits
+    moved = cache.copy()
+    moved.reorder_cache(torch.tensor([2, 0, 0]))
+    torch.testing.assert_close(llama(step.expand(3, -1), past_key_values=moved).logits, want[[2, 0, 0]])
+    picked = cache.copy()
+    picked.batch_select_indices(torch.tensor([1]))
+    torch.testing.assert_close(llama(step, past_key_values=picked).logits, want[[1]], rtol=1e-4, atol=1e-4)
+    picked.reset()
+    assert picked.get_seq_length() == 0
+
+
+@torch.no_grad()
+def test_chunked_prefill_sees_new_tokens_exactly(engine: SpectralQuantEngine, llama: PreTrainedModel) -> None:
+    prompt = ids(900)
+    cache = engine.cache(llama)
+    for chunk in prompt.split(300, 1):
+        logits = llama(chunk, past_key_values=cache).logits[:, -1]
+    dense = llama(prompt).logits[:, -1]
+    assert cache.get_seq_length() == 900
+    assert (logits - dense).norm() / dense.norm() < 0.3
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+@torch.no_grad()
+def test_families(family: str, tokenizer: TinyTokenizer) -> None:
+    """Sliding layers stay transformers' own; full layers are coded; the model is as it was afterwards."""
+    model, engine = tiny_model(family), SpectralQuantEngine()
+    before = model.config._attn_implementation
+    if family == "mistral-sliding":
+        with pytest.raises(UnsupportedModelError, match="no attention layer that grows"):
+            engine.calibrate(model, tokenizer, get_default_calibration_texts(12), progress=False)
+        return
+    engine.calibrate(model, tokenizer, get_default_calibration_texts(12), progress=False)
+    assert model.config._attn_implementation == before
+    cache, prompt = engine.cache(model), ids(400)
+    model(prompt, past_key_values=cache)
+    got = model(prompt[:, :1], past_key_values=cache).logits
+    dense = DynamicCache(config=model.config)
+    model(prompt, past_key_values=dense)
+    want = model(prompt[:, :1], past_key_values=dense).logits
+    assert cache.coded_layers and (got - want).norm() / want.norm() < 0.3
+    engine.remove_from(model)
+    assert model.config._attn_implementation == before and "generate" not in vars(model)
+
+
+def test_cache_rejects_calibration_of_more_layers(engine: SpectralQuantEngine, llama: PreTrainedModel) -> None:
+    codec = next(iter(engine.profile_codec().values()))
+    with pytest.raises(UnsupportedModelError, match="layer 9"):
+        SpectralCache(llama.config, {9: codec})

@@ -1,0 +1,111 @@
+"""One layer's storage."""
+
+import pytest
+import torch
+
+from spectralquant.cache.segment import Segment
+from spectralquant.codec.codec import LayerCodec
+from spectralquant.codec.layout import UNIT
+from spectralquant.config import CacheConfig
+from spectralquant.engine import SpectralQuantEngine
+from spectralquant.errors import ShapeError
+
+CONFIG = CacheConfig(window=32, tile_tokens=256)
+
+
+@pytest.fixture
+def codec(engine: SpectralQuantEngine) -> LayerCodec:
+    return next(iter(engine.profile_codec().values()))
+
+
+def random_kv(codec: LayerCodec, length: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    heads, dim = codec.key.encode_matrix.shape[:2]
+    return torch.randn(batch, heads, length, dim), torch.randn(batch, heads, length, dim)
+
+
+def segment_of(codec: LayerCodec, keys: torch.Tensor) -> Segment:
+    return Segment(codec, CONFIG, keys, torch.zeros(len(keys), dtype=torch.int64))
+
+
+def content(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
+    view = segment._view(segment.recent_keys[:, :, : segment.recent], segment.recent_values[:, :, : segment.recent])
+    return view.dense("key"), view.dense("value")
+
+
+@pytest.mark.parametrize("pieces", [[700], [1] * 450, [300, 1, 1, 200, 17], [127, 1, 128, 129], [5, 600]])
+def test_update_is_independent_of_pieces(codec: LayerCodec, poison: None, pieces: list[int]) -> None:
+    """Any way of handing over the same tokens leaves the same codes once the same blocks are packed."""
+    keys, values = random_kv(codec, sum(pieces))
+    segment, first = segment_of(codec, keys), 0
+    for count in pieces:
+        segment.update(keys[:, :, first : first + count], values[:, :, first : first + count])
+        first += count
+    whole = segment_of(codec, keys)
+    whole.update(keys, values)
+    units = min(segment.packed, whole.packed) // UNIT
+    assert segment.length == whole.length == sum(pieces)
+    assert units > 0 and torch.equal(segment.records[:, :, :units], whole.records[:, :, :units])
+
+
+def test_update_keeps_sinks_and_window_exact(codec: LayerCodec) -> None:
+    keys, values = random_kv(codec, 600)
+    segment = segment_of(codec, keys)
+    segment.update(keys, values)
+    got_keys, got_values = content(segment)
+    for part in (slice(0, CONFIG.sinks), slice(600 - CONFIG.window, 600)):
+        torch.testing.assert_close(got_keys[:, :, part], keys[:, :, part], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(got_values[:, :, part], values[:, :, part], rtol=1e-3, atol=1e-3)
+
+
+def test_update_keeps_secondary_sinks_exact_within_the_bound(codec: LayerCodec) -> None:
+    keys, values = random_kv(codec, 1200)
+    values[:, :, 100:900:3] *= 1e-3
+    segment = segment_of(codec, keys)
+    segment.update(keys, values)
+    used = (segment.exact_slots >= 0).sum(-1)
+    assert (used > CONFIG.sinks).all()
+    assert (used <= CONFIG.sinks + CONFIG.max_exact_share * segment.packed).all()
+
+
+def test_update_rejects_other_heads(codec: LayerCodec) -> None:
+    with pytest.raises(ShapeError, match="calibrate this model"):
+        segment_of(codec, torch.randn(1, 7, 3, codec.head_dim))
+
+
+@pytest.mark.parametrize("length", [700, 690, 500, 385, 384, 200, 3, 0])
+def test_crop_then_continue(codec: LayerCodec, poison: None, length: int) -> None:
+    """What is left after a crop is what was there, and the segment goes on as before."""
+    keys, values = random_kv(codec, 700)
+    segment = segment_of(codec, keys)
+    segment.update(keys, values)
+    before = content(segment)
+    segment.crop(length)
+    after = content(segment)
+    assert segment.length == length
+    for old, new in zip(before, after, strict=True):
+        torch.testing.assert_close(new, old[:, :, :length], rtol=1e-3, atol=1e-3)
+    more = random_kv(codec, 300)
+    segment.update(*more)
+    assert segment.length == length + 300 and content(segment)[0].isfinite().all()
+
+
+def test_copy_is_independent(codec: LayerCodec) -> None:
+    keys, values = random_kv(codec, 400)
+    segment = segment_of(codec, keys)
+    segment.update(keys, values)
+    before, other = content(segment), segment.copy()
+    other.update(*random_kv(codec, 300))
+    assert segment.length == 400 and all(torch.equal(a, b) for a, b in zip(before, content(segment), strict=True))
+
+
+def test_records_grow_amortised(codec: LayerCodec) -> None:
+    """Storage changes O(log n) times and slack stays within an eighth."""
+    keys, values = random_kv(codec, 1, batch=1)
+    segment, moves, last = segment_of(codec, keys), 0, 0
+    for _ in range(40 * UNIT):
+        segment.update(keys, values)
+        moves += segment.records.data_ptr() != last
+        last = segment.records.data_ptr()
+    units = segment.packed // UNIT
+    assert units <= segment.records.shape[2] <= units + units // 8 + 1
+    assert moves < units
