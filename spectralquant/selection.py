@@ -7,6 +7,7 @@ the scored tokens, which read real packed codes through the real cache.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -64,8 +65,10 @@ def choose(
         profile = fit_profile(statistics, choices)
         try:
             result = measure(model, windows, profile, preset, config)
-        except ConfigError:  # the budget can't hold this candidate
-            continue
+        except ConfigError:
+            if not rows:
+                raise
+            continue  # the budget can't hold this candidate
         better = result["kl"] < best_kl * (GAIN_NEEDED if rows else 1.0)
         rows.append({"choices": asdict(choices), "changed": change, **result, "kept": better})
         progress(f"{'start' if not change else ' '.join(f'{k}={v}' for k, v in change.items())}: KL {result['kl']:.4f}")
@@ -89,14 +92,8 @@ def _prepare(model: PreTrainedModel, ids: Tensor) -> _Window:
     ids = ids.to(model.device)
     with torch.no_grad():
         model.base_model(input_ids=ids[:, :split], past_key_values=context, use_cache=True)
-        logits = model(input_ids=ids[:, split:], past_key_values=_copy(context), use_cache=True).logits[0]
+        logits = model(input_ids=ids[:, split:], past_key_values=deepcopy(context), use_cache=True).logits[0]
     return _Window(context, ids[:, split:], logits.float().log_softmax(-1))
-
-
-def _copy(cache: DynamicCache) -> DynamicCache:
-    import copy
-
-    return copy.deepcopy(cache)
 
 
 def measure(
@@ -107,7 +104,7 @@ def measure(
     divergence, agree = [], []
     for window in windows:
         cache = SpectralCache(model.config, codecs, config)
-        for i, (layer, dense) in enumerate(zip(cache.layers, _copy(window.context).layers, strict=False)):
+        for i, (layer, dense) in enumerate(zip(cache.layers, deepcopy(window.context).layers, strict=False)):
             if isinstance(layer, SpectralLayer):
                 layer.update(dense.keys, dense.values)
             else:

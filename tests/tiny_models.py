@@ -19,7 +19,7 @@ COMMON: dict[str, Any] = {
 }
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**COMMON, head_dim=32),
-    "qwen2": Qwen2Config(**COMMON),
+    "qwen2": Qwen2Config(**{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1}),  # no head_dim: hidden / heads
     "qwen3": Qwen3Config(**COMMON, head_dim=32),
     "mistral-sliding": MistralConfig(**COMMON, head_dim=32, sliding_window=64),
     "gemma2": Gemma2Config(**COMMON, head_dim=32, sliding_window=64, query_pre_attn_scalar=32),

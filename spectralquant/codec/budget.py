@@ -41,8 +41,8 @@ def plane_counts(profile: Profile, preset: CompressionPreset, dials: Dials) -> t
 
 def require_head_dim(dim: int) -> None:
     """Raise ShapeError unless heads of size `dim` tile the tensor-core fragments."""
-    if dim % 16 or not 16 <= dim <= 256:
-        raise ShapeError(f"head_dim={dim} can't be tiled: the codec takes multiples of 16 from 16 to 256")
+    if dim % 16 or not 32 <= dim <= 256:
+        raise ShapeError(f"head_dim={dim} can't be tiled: the codec takes multiples of 16 from 32 to 256")
 
 
 def coordinate_bits(variance: Tensor, planes: int, dials: Dials, preset: CompressionPreset, noise_bits: int | None) -> Tensor:
