@@ -104,6 +104,7 @@ class Segment:
 
     def _pack(self, keys: Tensor, values: Tensor, reserve: int) -> None:
         """Encode slots packed .. packed + T - 1; T a multiple of 128. `reserve`: tokens still to come, this call's included."""
+        keys, values = keys.to(self.recent_keys.dtype), values.to(self.recent_keys.dtype)  # the same bits whether they waited in the window or not
         count = keys.shape[-2]
         slots = torch.arange(self.packed, self.packed + count, device=keys.device)
         exact = self._choose_exact(values, slots)
@@ -171,7 +172,7 @@ class Segment:
         keys, values = (view.dense(which)[:, :, keep:length] for which in ("key", "value"))
         dropped = self.exact_slots >= keep
         self.secondary = self.secondary - (dropped & (self.exact_slots - self.start[:, None] >= self.config.sinks)).sum(-1)
-        order = dropped.int().argsort(-1, stable=True)  # used entries stay in front
+        order = dropped.int().argsort(dim=-1, stable=True)  # used entries stay in front
         self.exact_slots = self.exact_slots.masked_fill(dropped, -1).gather(1, order)
         index = order[:, None, :, None].expand_as(self.exact_keys)
         self.exact_keys, self.exact_values = self.exact_keys.gather(2, index), self.exact_values.gather(2, index)
