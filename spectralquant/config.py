@@ -10,7 +10,7 @@ from spectralquant.presets import BIT_WIDTHS
 def require_int(name: str, value: object, low: int, high: int | None = None) -> int:
     """`value` as an int in [low, high], or a ConfigError that names the argument and the range."""
     limit = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, Real) or int(value) != value:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or int(value) != value:
         raise ConfigError(f"{name}={value!r}: expected {limit}; fractions are never rounded for you")
     if value < low or (high is not None and value > high):
         raise ConfigError(f"{name}={value!r} is out of range: expected {limit}")

@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from spectralquant import prompts
 from spectralquant.attention.hf import register
-from spectralquant.cache.hf import SpectralCache, SpectralLayer, coded_layer_indices
+from spectralquant.cache.hf import SpectralCache, cache_argument, coded_layer_indices
 from spectralquant.calibration.hf import collect, fingerprint
 from spectralquant.codec.budget import require_head_dim, semantic_size
 from spectralquant.codec.codec import LayerCodec, build_codec
 from spectralquant.config import CacheConfig, Dials, require_int
 from spectralquant.corpus import make_samples
-from spectralquant.errors import CalibrationError, ConfigError, ProfileError, ShapeError
+from spectralquant.errors import CalibrationError, ConfigError, ShapeError
 from spectralquant.follow_up import install_generate, remove_generate
 from spectralquant.presets import CompressionPreset, resolve_preset
 from spectralquant.profile import Profile, load_profile
@@ -98,16 +97,20 @@ class SpectralQuantEngine:
         self._check_model(model)
         samples = make_samples(tokenizer, calibration_texts, n_samples)
         with tqdm(total=samples.tokens, unit="tok", desc="calibrating", disable=not progress) as bar:
-            statistics = collect(model, samples.statistics, coded_layer_indices(model), bar.update)
+            statistics = collect(model, samples.statistics, coded_layer_indices(model), lambda done: bar.update(done) and None)
             bar.set_description("choosing")
             with self.applied_to(model), _evaluation_mode(model):
                 profile = choose(model, statistics, samples.held_out, self.preset, self.cache_config, bar.set_postfix_str)
         seconds = time.perf_counter() - began
-        profile.certificate.update(
-            tokens=statistics.tokens, seconds=round(seconds, 2), corpus="bundled" if calibration_texts is None else "own"
-        )
+        profile.certificate.update(tokens=statistics.tokens, seconds=round(seconds, 2), corpus="bundled" if calibration_texts is None else "own")
         self._add(profile)
-        return {"calibrated": True, **_spectrum_summary(profile, self.preset), "calibration_time_s": seconds, "tokens": statistics.tokens, "certificate": profile.certificate}
+        return {
+            "calibrated": True,
+            **_spectrum_summary(profile, self.preset),
+            "calibration_time_s": seconds,
+            "tokens": statistics.tokens,
+            "certificate": profile.certificate,
+        }
 
     def save_calibration(self, path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> Path:
         """Write the calibration of `model` (default: the latest one) to one `.safetensors` file; returns its path."""
@@ -208,7 +211,9 @@ class SpectralQuantEngine:
 
     # Generation -----------------------------------------------------------------------------------------------------
 
-    def generate(self, model: PreTrainedModel, tokenizer: Any, prompt: Any, max_new_tokens: int = 200, *, add_special_tokens: bool = True, **generation: Any) -> dict[str, Any]:
+    def generate(
+        self, model: Any, tokenizer: Any, prompt: Any, max_new_tokens: int = 200, *, add_special_tokens: bool = True, **generation: Any
+    ) -> dict[str, Any]:
         """Generate from a compressed cache.
 
         Args:
@@ -232,7 +237,7 @@ class SpectralQuantEngine:
             sequences = inputs.ids
             if count:
                 generation = prompts.with_pad_token(model, tokenizer, generation)
-                out = model.generate(input_ids=inputs.ids, attention_mask=inputs.mask, past_key_values=cache, max_new_tokens=count, **generation)
+                out = model.generate(input_ids=inputs.ids, attention_mask=inputs.mask, max_new_tokens=count, **cache_argument(model, cache), **generation)
                 sequences = getattr(out, "sequences", out)
             seconds = time.perf_counter() - began
         new = sequences[:, inputs.ids.shape[1] :]
@@ -261,7 +266,7 @@ class SpectralQuantEngine:
         cache = self.cache(model)
         keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         with torch.no_grad():
-            logits = model(input_ids=inputs.ids, past_key_values=cache, use_cache=True, **keep).logits[:, -1]
+            logits = model(input_ids=inputs.ids, use_cache=True, **cache_argument(model, cache), **keep).logits[:, -1]
         cache.prefix_ids = inputs.ids
         self._last_stats = self._stats(cache, 0, time.perf_counter() - began)
         return {
@@ -281,17 +286,13 @@ class SpectralQuantEngine:
         inputs = prompts.encode(tokenizer, prompt, True, model.device)
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         with torch.no_grad():
-            model.base_model(input_ids=inputs.ids, attention_mask=inputs.mask, past_key_values=cache, use_cache=True)
+            model.base_model(input_ids=inputs.ids, attention_mask=inputs.mask, use_cache=True, **cache_argument(model, cache))
         return cache
 
     def compress_kv_cache(self, past_key_values: DynamicCache, model: PreTrainedModel) -> SpectralCache:
         """A compressed copy of an uncompressed cache of `model`."""
         cache = self.cache(model)
-        for i, (layer, dense) in enumerate(zip(cache.layers, past_key_values.layers, strict=True)):
-            if isinstance(layer, SpectralLayer):
-                layer.update(dense.keys, dense.values)
-            else:
-                cache.layers[i] = dense
+        cache.fill(past_key_values)
         return cache
 
     # Figures --------------------------------------------------------------------------------------------------------

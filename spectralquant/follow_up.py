@@ -12,26 +12,32 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectralquant.cache.hf import SpectralCache
+from spectralquant.cache.hf import SpectralCache, cache_argument
+from spectralquant.errors import ConfigError
+
+CACHE_ARGUMENTS = ("past_key_values", "cache")
+"""Names of the cache in `generate`: before transformers 5.24, and since."""
 
 
-def install_generate(model: PreTrainedModel) -> None:
+def install_generate(model: Any) -> None:
     """Wrap this instance's `generate`."""
     original = model.generate
 
     @wraps(original)
     def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, SpectralCache):
+        name = next((n for n in CACHE_ARGUMENTS if isinstance(kwargs.get(n), SpectralCache)), None)
+        if name is None:
             return original(inputs, *args, **kwargs)
+        cache = kwargs.pop(name)
+        target = cache_argument(model, cache)
         if cache.prefix_ids is not None:
-            return _follow_up(original, inputs, args, kwargs, cache)
+            return _follow_up(original, model, inputs, args, kwargs, cache)
         mask = kwargs.get("attention_mask")
         if mask is not None and cache.get_seq_length() == 0:
             cache.set_padding(mask)
-        return original(inputs, *args, **kwargs)
+        return original(inputs, *args, **target, **kwargs)
 
-    model.generate = generate  # pyright: ignore[reportAttributeAccessIssue]
+    model.generate = generate
 
 
 def remove_generate(model: PreTrainedModel) -> None:
@@ -39,25 +45,28 @@ def remove_generate(model: PreTrainedModel) -> None:
     model.__dict__.pop("generate", None)
 
 
-def _follow_up(original: Any, inputs: Tensor | None, args: Any, kwargs: dict[str, Any], cache: SpectralCache) -> Any:
-    prefix, cache = cache.prefix_ids, cache.copy()
+def _follow_up(original: Any, model: Any, inputs: Tensor | None, args: Any, kwargs: dict[str, Any], held: SpectralCache) -> Any:
+    prefix, cache = held.prefix_ids, held.copy()
     assert prefix is not None
     cache.prefix_ids = None
     ids = kwargs.pop("input_ids", inputs)
+    if ids is None:
+        raise ConfigError("generate was given a cache and no input_ids; pass the new tokens, or the whole text")
+    prefix = prefix.to(ids.device)
     batch, width = ids.shape[0], prefix.shape[1]
     if batch > 1:
         cache.batch_repeat_interleave(batch)
-    whole = ids.shape[1] >= width and bool((ids[:, :width] == prefix.to(ids.device)).all())
+    whole = ids.shape[1] >= width and bool((ids[:, :width] == prefix).all())
+    if whole and ids.shape[1] == width:
+        cache.crop(-1)  # generation needs one token to start from
     if not whole:
+        ids = torch.cat([prefix.expand(batch, -1), ids], 1)
         mask = kwargs.get("attention_mask")
         if mask is not None:
             kwargs["attention_mask"] = torch.cat([mask.new_ones((batch, width)), mask], 1)
         if kwargs.get("max_length") is not None:
             kwargs["max_length"] += width
-        ids = torch.cat([prefix.to(ids.device).expand(batch, -1), ids], 1)
-    elif ids.shape[1] == width:
-        cache.crop(-1)  # generation needs one token to start from
-    out = original(ids, *args, **{**kwargs, "past_key_values": cache})
+    out = original(ids, *args, **cache_argument(model, cache), **kwargs)
     if whole:
         return out
     if isinstance(out, Tensor):

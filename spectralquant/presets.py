@@ -41,15 +41,9 @@ class CompressionPreset:
 PRESETS: dict[str, CompressionPreset] = {
     preset.name: preset
     for preset in (
-        CompressionPreset(
-            "standard", 3, 2, 2, 0.90, 5.95, "lowest", "The most faithful preset: 2.69 bits per element, all-in."
-        ),
-        CompressionPreset(
-            "high", 2, 2, 2, 0.95, 6.55, "low", "The default: 2.44 bits per element, all-in."
-        ),
-        CompressionPreset(
-            "max", 2, 2, 2, 0.92, 6.68, "moderate", "The smallest cache: 2.40 bits per element or fewer, all-in."
-        ),
+        CompressionPreset("standard", 3, 2, 2, 0.90, 5.95, "lowest", "The most faithful preset: 2.69 bits per element, all-in."),
+        CompressionPreset("high", 2, 2, 2, 0.95, 6.55, "low", "The default: 2.44 bits per element, all-in."),
+        CompressionPreset("max", 2, 2, 2, 0.92, 6.68, "moderate", "The smallest cache: 2.40 bits per element or fewer, all-in."),
     )
 }
 
@@ -69,7 +63,4 @@ def resolve_preset(compression: "str | CompressionPreset") -> CompressionPreset:
 
 def describe_presets() -> dict[str, dict[str, object]]:
     """All presets as plain dictionaries, by name, for printing."""
-    return {
-        name: {f.name: getattr(preset, f.name) for f in fields(preset) if f.name != "name"}
-        for name, preset in PRESETS.items()
-    }
+    return {name: {f.name: getattr(preset, f.name) for f in fields(preset) if f.name != "name"} for name, preset in PRESETS.items()}

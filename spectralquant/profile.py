@@ -136,7 +136,7 @@ class Profile:
         os.close(handle)
         try:
             save_file(tensors, aside, metadata=header)
-            os.replace(aside, target)
+            Path(aside).replace(target)
         except BaseException:
             Path(aside).unlink(missing_ok=True)
             raise
@@ -162,7 +162,7 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
         with safe_open(target, framework="pt") as f:
             header = f.metadata() or {}
             _require_header(target, header)
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dictionary)
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, ProfileError):
             raise
@@ -182,9 +182,7 @@ def _require_header(target: Path, header: dict[str, str]) -> None:
     if header.get("format") != "spectralquant":
         raise ProfileError(f"{target} is a safetensors file but no calibration of this package")
     if header.get("version") != str(FORMAT_VERSION):
-        raise ProfileError(
-            f"{target} has format version {header.get('version')}, this release reads {FORMAT_VERSION}; calibrate again"
-        )
+        raise ProfileError(f"{target} has format version {header.get('version')}, this release reads {FORMAT_VERSION}; calibrate again")
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

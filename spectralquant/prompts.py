@@ -54,8 +54,7 @@ def _rows(tokenizer: Any, prompt: Any, special: bool) -> tuple[list[list[int]], 
     if isinstance(prompt, (list, tuple)) and not prompt:
         return [], False
     raise ConfigError(
-        f"prompt is a {type(prompt).__name__}; expected a string, a list of strings, chat messages "
-        '([{"role": "user", "content": "..."}]), or token ids'
+        f'prompt is a {type(prompt).__name__}; expected a string, a list of strings, chat messages ([{{"role": "user", "content": "..."}}]), or token ids'
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from spectralquant.cache.hf import SpectralCache, SpectralLayer
+from spectralquant.cache.hf import SpectralCache, cache_argument
 from spectralquant.calibration.fit import fit_profile
 from spectralquant.calibration.hf import ModelStatistics
 from spectralquant.codec.codec import build_codec
@@ -91,26 +91,20 @@ def _prepare(model: PreTrainedModel, ids: Tensor) -> _Window:
     context = DynamicCache(config=model.config.get_text_config(decoder=True))
     ids = ids.to(model.device)
     with torch.no_grad():
-        model.base_model(input_ids=ids[:, :split], past_key_values=context, use_cache=True)
-        logits = model(input_ids=ids[:, split:], past_key_values=deepcopy(context), use_cache=True).logits[0]
+        model.base_model(input_ids=ids[:, :split], use_cache=True, **cache_argument(model, context))
+        logits = model(input_ids=ids[:, split:], use_cache=True, **cache_argument(model, deepcopy(context))).logits[0]
     return _Window(context, ids[:, split:], logits.float().log_softmax(-1))
 
 
-def measure(
-    model: PreTrainedModel, windows: list[_Window], profile: Profile, preset: CompressionPreset, config: CacheConfig
-) -> dict[str, float]:
+def measure(model: PreTrainedModel, windows: list[_Window], profile: Profile, preset: CompressionPreset, config: CacheConfig) -> dict[str, float]:
     """Mean KL (nats per token) and argmax agreement of `profile` over the windows."""
     codecs = build_codec(profile, preset, Dials(), model.device)
     divergence, agree = [], []
     for window in windows:
         cache = SpectralCache(model.config, codecs, config)
-        for i, (layer, dense) in enumerate(zip(cache.layers, deepcopy(window.context).layers, strict=False)):
-            if isinstance(layer, SpectralLayer):
-                layer.update(dense.keys, dense.values)
-            else:
-                cache.layers[i] = dense
+        cache.fill(deepcopy(window.context))
         with torch.no_grad():
-            logits = model(input_ids=window.scored, past_key_values=cache, use_cache=True).logits[0]
+            logits = model(input_ids=window.scored, use_cache=True, **cache_argument(model, cache)).logits[0]
         got = logits.float().log_softmax(-1)
         divergence.append((window.reference.exp() * (window.reference - got)).sum(-1))
         agree.append((window.reference.argmax(-1) == got.argmax(-1)).float())

@@ -60,7 +60,7 @@ def dense_attention(
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    causal = mask is None and is_causal and query.shape[2] > 1
+    causal = mask is None and bool(is_causal) and query.shape[2] > 1
     if softcap is None and s_aux is None:
         return nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scaling)
     scores = query.float() @ key.float().mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)

@@ -53,10 +53,7 @@ class _Query:
             scores = scores.masked_fill(~visible, -torch.inf)
         if self.mask is None:
             return scores
-        if isinstance(columns, slice):
-            mask = self.mask[..., columns]
-        else:
-            mask = self.mask.gather(-1, columns[:, None, None].expand(-1, 1, self.length, -1))
+        mask = self.mask[..., columns] if isinstance(columns, slice) else self.mask.gather(-1, columns[:, None, None].expand(-1, 1, self.length, -1))
         by_group = scores.unflatten(2, (-1, self.length))
         return by_group.masked_fill(~mask[:, :, None], -torch.inf).flatten(2, 3)
 
@@ -84,11 +81,10 @@ def attend(
     """
     batch, query_heads, length, dim = query.shape
     heads = kv.raw_keys.shape[1]
-    scale = dim**-0.5 if scale is None else scale
     if mask is None and length > 1:
         slots = torch.arange(kv.length, device=query.device)
         mask = (slots[None] <= slots[-length:, None])[None, None].expand(batch, 1, -1, -1)
-    states = (query.float() * scale).reshape(batch, heads, -1, dim)
+    states = (query.float() * (dim**-0.5 if scale is None else scale)).reshape(batch, heads, -1, dim)
     q = _Query(states, length, mask, softcap)
     state = _packed_part(q, kv)
     _dense_part(q, state, kv.exact_keys, kv.exact_values, kv.exact_slots.clamp_min(0).long(), kv.exact_valid()[:, None, None])
@@ -108,7 +104,7 @@ def _dense_part(q: _Query, state: _Softmax, keys: Tensor, values: Tensor, column
 
 def _packed_part(q: _Query, kv: PackedKV) -> _Softmax:
     """Softmax state over the packed slots, its sum already back in the space of the values."""
-    codec, (batch, heads, count, dim) = kv.codec, q.states.shape
+    codec, (batch, heads, count, _) = kv.codec, q.states.shape
     planes = codec.layout.value_planes
     zeros = q.states.new_zeros((batch, heads, count))
     state = _Softmax(zeros - torch.inf, zeros, q.states.new_zeros((batch, heads, count, planes + 1)))

@@ -4,6 +4,7 @@ Only plain growing layers are replaced; sliding-window, recurrent and placeholde
 bounded already). The interface moved between releases; each shim says which.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -131,6 +132,17 @@ class SpectralCache(DynamicCache):
         for layer in self.coded_layers:
             layer.padding = start
 
+    def fill(self, dense: DynamicCache) -> None:
+        """Take over the content of an uncompressed cache of the same model; this cache must be empty. Layers that are not coded are shared."""
+        if self.get_seq_length():
+            raise ConfigError(f"the cache holds {self.get_seq_length()} tokens; only an empty one can take over another cache")
+        layers: list[Any] = list(dense.layers)
+        for i, (mine, other) in enumerate(zip(self.layers, layers, strict=True)):
+            if isinstance(mine, SpectralLayer):
+                mine.update(other.keys, other.values)
+            else:
+                self.layers[i] = other
+
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held: codes, gains, exact tokens, window, slack, and layers that are not coded."""
@@ -161,6 +173,11 @@ class SpectralCache(DynamicCache):
         other.__dict__.update(self.__dict__)
         other.layers = [_copy_layer(layer) for layer in self.layers]
         return other
+
+
+def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """`cache` under the name that this model's `forward` takes it by: `past_key_values` before transformers 5.24, `cache` since."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
 def dense_layers(model_config: PreTrainedConfig) -> list[Any]:

@@ -20,6 +20,7 @@ from spectralquant.codec.packed import PackedKV
 from spectralquant.config import CacheConfig
 from spectralquant.errors import ShapeError
 
+
 class Segment:
     """Keys and values of B sequences in one layer.
 

@@ -160,9 +160,7 @@ def output_metric(module: nn.Module, heads: int, groups: int, dim: int) -> Tenso
     return None
 
 
-def collect(
-    model: PreTrainedModel, samples: list[Tensor], coded: list[int], progress: Callable[[int], None] = lambda n: None
-) -> ModelStatistics:
+def collect(model: PreTrainedModel, samples: list[Tensor], coded: list[int], progress: Callable[[int], None] = lambda n: None) -> ModelStatistics:
     """Statistics of the layers `coded` over token samples [1, T].
 
     Args:
@@ -186,9 +184,7 @@ def collect(
             progress(ids.shape[1])
     missing = sorted(set(coded) - statistics.layers.keys())
     if missing:
-        raise UnsupportedModelError(
-            f"layers {missing[:4]} of {type(model).__name__} do not use transformers' attention interface; they can't be calibrated"
-        )
+        raise UnsupportedModelError(f"layers {missing[:4]} of {type(model).__name__} do not use transformers' attention interface; they can't be calibrated")
     dim = next(iter(statistics.layers.values())).keys.mean.shape[-1]
     need = TOKENS_PER_DIMENSION * dim
     if statistics.tokens < need:
@@ -204,7 +200,7 @@ def _recording(model: PreTrainedModel, recorder: _Recorder) -> Iterator[None]:
         recorder.attention(module, query, key, value)
         return dense(module, query, key, value, attention_mask, **kwargs)
 
-    before, training = model.config._attn_implementation, model.training
+    before, training = str(model.config._attn_implementation), model.training
     dense = AttentionInterface()[NAME_DENSE] if NAME_DENSE in AttentionInterface() else AttentionInterface()["sdpa"]
     AttentionInterface.register(_RECORDER, attention)
     AttentionMaskInterface.register(_RECORDER, sdpa_mask)

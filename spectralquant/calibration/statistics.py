@@ -6,7 +6,6 @@ of the codec follows from the same sums (`rope.Rotary.average_rotated`).
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 MAX_NORMS = 65_536

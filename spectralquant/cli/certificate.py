@@ -11,8 +11,7 @@ def describe_certificate(profile: Profile) -> str:
         f"at '{c['preset']}' KL {c['kl']:.4f}, agreement {c['agreement']:.1%} on {c['scored_tokens']} held-out tokens"
     )
     rows = [
-        f"  {'kept   ' if row['kept'] else 'dropped'} {_name(row['changed']):<24} KL {row['kl']:.4f}  agreement {row['agreement']:.1%}"
-        for row in c["menu"]
+        f"  {'kept   ' if row['kept'] else 'dropped'} {_name(row['changed']):<24} KL {row['kl']:.4f}  agreement {row['agreement']:.1%}" for row in c["menu"]
     ]
     return "\n".join([head, *rows, f"  tokens kept exact in mid-text: {profile.exact_share:.2%}"])
 

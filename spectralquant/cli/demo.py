@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
-from spectralquant.cache.hf import SpectralCache
+from spectralquant.cache.hf import SpectralCache, cache_argument
 from spectralquant.cli.certificate import describe_certificate
 from spectralquant.cli.models import load_model
 from spectralquant.config import require_int
@@ -104,7 +104,8 @@ def _compare(title: str, text: str, engines: dict[str, SpectralQuantEngine], mod
     plain = DynamicCache(config=model.config.get_text_config(decoder=True))
     new, prefill, rate = _generate(model, ids, plain, count)
     reference = _continuation(model, ids, new, DynamicCache(config=model.config.get_text_config(decoder=True)))
-    held = sum(t.numel() * 2 for layer in plain.layers for t in (layer.keys, layer.values))
+    layers: list[Any] = list(plain.layers)
+    held = sum(t.numel() * 2 for layer in layers for t in (layer.keys, layer.values))
     runs = [Run(title, "FP16", _text(tokenizer, new), ids.shape[1], new.shape[1], held, held, 0, 0.0, 1.0, prefill, rate)]
     print(_row(runs[0]))
     for name, engine in engines.items():
@@ -115,7 +116,20 @@ def _compare(title: str, text: str, engines: dict[str, SpectralQuantEngine], mod
         divergence = float((reference.exp() * (reference - got)).sum(-1).mean())
         agreement = float((reference.argmax(-1) == got.argmax(-1)).float().mean())
         runs.append(
-            Run(title, name, _text(tokenizer, own), ids.shape[1], own.shape[1], cache.nbytes, cache.dense_bytes, cache.codec_bytes, divergence, agreement, prefill, rate)
+            Run(
+                title,
+                name,
+                _text(tokenizer, own),
+                ids.shape[1],
+                own.shape[1],
+                cache.nbytes,
+                cache.dense_bytes,
+                cache.codec_bytes,
+                divergence,
+                agreement,
+                prefill,
+                rate,
+            )
         )
         print(_row(runs[-1]))
     print()
@@ -126,11 +140,10 @@ def _compare(title: str, text: str, engines: dict[str, SpectralQuantEngine], mod
 def _generate(model: Any, ids: Tensor, cache: DynamicCache | SpectralCache, count: int) -> tuple[Tensor, float, float]:
     """Greedy tokens [1, n], seconds of prefill (compression included), and decoded tokens per second."""
     began = time.perf_counter()
-    options = {"past_key_values": cache, "do_sample": False, "pad_token_id": model.generation_config.eos_token_id}
-    hidden = model.base_model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
-    del hidden
+    model.base_model(input_ids=ids[:, :-1], use_cache=True, **cache_argument(model, cache))
     prefill = time.perf_counter() - began
     began = time.perf_counter()
+    options = {"do_sample": False, "pad_token_id": model.generation_config.eos_token_id, **cache_argument(model, cache)}
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **options)
     new = out[:, ids.shape[1] :]
     return new, prefill, new.shape[1] / (time.perf_counter() - began)
@@ -139,9 +152,9 @@ def _generate(model: Any, ids: Tensor, cache: DynamicCache | SpectralCache, coun
 @torch.no_grad()
 def _continuation(model: Any, ids: Tensor, new: Tensor, cache: DynamicCache | SpectralCache) -> Tensor:
     """Log-probabilities [n, V] of every token of `new` after `ids`, the scored tokens fed in chunks."""
-    model.base_model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+    model.base_model(input_ids=ids[:, :-1], use_cache=True, **cache_argument(model, cache))
     feed = torch.cat([ids[:, -1:], new[:, :-1]], 1)
-    logits = [model(input_ids=chunk, past_key_values=cache, use_cache=True).logits[0] for chunk in feed.split(CHUNK, 1)]
+    logits = [model(input_ids=chunk, use_cache=True, **cache_argument(model, cache)).logits[0] for chunk in feed.split(CHUNK, 1)]
     return torch.cat(logits).float().log_softmax(-1)
 
 

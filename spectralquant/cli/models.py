@@ -31,7 +31,7 @@ def load_model(name: str | None) -> tuple[Any, Any, str]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"--model {name}: could not be loaded: {error}") from error
     return model.to(device).eval(), tokenizer, label

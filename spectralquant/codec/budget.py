@@ -51,7 +51,7 @@ def coordinate_bits(variance: Tensor, planes: int, dials: Dials, preset: Compres
         return water_fill(variance, 2 * planes)
     heads, dim = variance.shape
     band = semantic_size(variance, _dial(dials.d_eff_variance, preset.d_eff_variance))
-    tail_bits = _dial(noise_bits, preset.noise_bits)
+    tail_bits = int(_dial(noise_bits, preset.noise_bits))
     tail = torch.full((heads, dim - band), tail_bits, dtype=torch.int64, device=variance.device)
     head = water_fill(variance[:, :band], min(2 * planes - tail_bits * (dim - band), band * BIT_WIDTHS[-1]))
     bits = torch.cat([head, tail], -1)

@@ -2,8 +2,8 @@
 
 A *unit* is 128 tokens of one KV head, a *plane* is 2 bits per token. 16 planes of a unit are a *chunk* of 512 bytes: one
 16-byte load per lane of a warp. A 32-bit word of a chunk holds, for one fragment register of `mma.m16n8k16`, a pair of
-adjacent k-indices (low and high half word) for 8 sub-tiles of 16 tokens (bit pair `2j`), so that a mask turns it into tensor
-core operands. With lane = 4 r + c and word a = 2 a1 + a0:
+adjacent k-indices (low and high half word) for 8 sub-tiles of 16 tokens (bit pair `2j`), so that a mask turns it
+into tensor core operands. With lane = 4 r + c and word a = 2 a1 + a0:
 
     K (rows are tokens, k is planes):  token = 16 j + 8 a0 + r,              plane = 8 a1 + 2 c + half
     V (rows are planes, k is tokens):  token = 16 j + 8 a1 + 2 c + half,     plane = 8 a0 + r

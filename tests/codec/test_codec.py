@@ -1,0 +1,295 @@
+"""Encode and decode against the formulas of the module."""
+
+import oracles
+import pytest
+import synthetic
+import torch
+from tolerances import CODE_FLIPS, DISTORTION, FLOAT32, GAIN_ROUNDING
+
+from spectralquant.codebook import uniform_codebook
+from spectralquant.codec.codec import LayerCodec, SideCodec, build_codec, codec_nbytes
+from spectralquant.codec.layout import MASKED_GAIN, gain_codes, gain_values
+from spectralquant.config import Dials
+from spectralquant.presets import PRESETS
+from spectralquant.profile import Profile
+from spectralquant.rope import Rotary
+
+GAINS = ["rms", "ls", "unbiased"]
+HIGH, NO_DIALS = PRESETS["high"], Dials()
+ROTARY = Rotary(synthetic.inv_freq(32))
+
+
+def side_codec(profile: Profile, layer: int = 0, preset: str = "high") -> SideCodec:
+    return build_codec(profile, PRESETS[preset], NO_DIALS)[layer].key
+
+
+def z_of(profile: Profile, x: torch.Tensor, layer: int = 0) -> torch.Tensor:
+    """z of vectors x with the mean already subtracted, float64."""
+    return x.double() @ profile.layers[layer].key.basis.double()
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize("gain", GAINS)
+def test_decode_error_is_the_predicted_distortion(preset: str, gain: str) -> None:
+    """For the mean-square gains; "unbiased" pays for its lack of shrinkage, by a factor of about 1 / (1 - D)."""
+    profile = synthetic.profile(dim=96, rotary=None, key_gain=gain)
+    side, part = side_codec(profile, preset=preset), profile.layers[0].key
+    x = synthetic.samples(part, 3000) - part.mean[:, None]
+    error = z_of(profile, side.decode(*side.encode(x)) - x).square().sum(-1).mean(-1)[0]
+    bits = (side.top.double() + 1).log2().round().long()
+    table = torch.tensor([1.0] + [uniform_codebook(b).distortion for b in range(1, 9)], dtype=torch.float64)
+    predicted = (part.variance.double() * table[bits]).sum(-1)
+    share = predicted / part.variance.double().sum(-1)
+    factor = 1 / (1 - share) if gain == "unbiased" else torch.ones_like(share)
+    assert ((error / (predicted * factor) - 1).abs() < DISTORTION).all()
+
+
+@pytest.mark.parametrize("gain", GAINS)
+def test_decode_is_linear_in_the_planes_of_the_codes(gain: str) -> None:
+    """x^ is the codebook level of every coordinate, times sd, gain and A^-1: planes are only a way to write codes."""
+    profile = synthetic.profile(key_gain=gain, decay=0.1)
+    side, part = side_codec(profile), profile.layers[0].key
+    planes, codes = side.encode(synthetic.samples(part, 50) - part.mean[:, None])
+    level = torch.zeros(planes.shape[:-1] + (64,), dtype=torch.float64)
+    for head in range(2):
+        for plane in range(planes.shape[-1]):
+            level[:, head, :, side.plane_coordinate[head, plane]] += (planes[:, head, :, plane].long() << int(side.plane_shift[head, plane])).double()
+    z = (level - side.top.double()[:, None] / 2) * side.step.double()[:, None] * part.variance.double().sqrt()[:, None]
+    want = z @ torch.linalg.inv(part.basis.double()) * gain_values(codes).double()[..., None]
+    assert (side.decode(planes, codes) - want).norm() < FLOAT32 * want.norm()
+
+
+def test_encode_ls_gain_minimises_the_error() -> None:
+    """No other gain is closer than rounding explains: the best gain for the decoded shape is 1, up to half a gain step."""
+    profile = synthetic.profile(key_gain="ls", decay=0.06)
+    side, part = side_codec(profile), profile.layers[0].key
+    x = synthetic.samples(part, 400) - part.mean[:, None]
+    z, decoded = z_of(profile, x), z_of(profile, side.decode(*side.encode(x)))
+    best = (z * decoded).sum(-1) / decoded.square().sum(-1)
+    assert best.min() > 1 / GAIN_ROUNDING and best.max() < GAIN_ROUNDING
+
+
+@pytest.mark.parametrize("other", ["rms", "unbiased"])
+def test_encode_ls_gain_has_the_least_error(other: str) -> None:
+    errors = []
+    for gain in ("ls", other):
+        profile = synthetic.profile(key_gain=gain, decay=0.06)
+        side, part = side_codec(profile, preset="max"), profile.layers[0].key
+        x = synthetic.samples(part, 2000) - part.mean[:, None]
+        torch.manual_seed(0)
+        errors.append(z_of(profile, side.decode(*side.encode(x)) - x).square().sum())
+    assert errors[0] < errors[1]
+
+
+def test_encode_unbiased_gain_keeps_the_energy() -> None:
+    """<z, z^> = <z, z> over the coded coordinates, up to half a gain step per token and closely on average."""
+    profile = synthetic.profile(key_gain="unbiased", decay=0.06)
+    side, part = side_codec(profile), profile.layers[0].key
+    x = synthetic.samples(part, 2000) - part.mean[:, None]
+    kept = (side.step > 0)[:, None]
+    z, decoded = z_of(profile, x) * kept, z_of(profile, side.decode(*side.encode(x)))
+    ratio = (z * decoded).sum(-1) / z.square().sum(-1)
+    assert ratio.min() > 1 / GAIN_ROUNDING and ratio.max() < GAIN_ROUNDING
+    assert (ratio.mean() - 1).abs() < 0.005
+
+
+def test_encode_rms_gain_is_the_rms_of_the_coded_coordinates() -> None:
+    profile = synthetic.profile(key_gain="rms", decay=0.06)
+    side, part = side_codec(profile), profile.layers[0].key
+    x = synthetic.samples(part, 200) - part.mean[:, None]
+    kept = (side.step > 0)[:, None]
+    unit = z_of(profile, x) / part.variance.double().sqrt()[:, None] * kept
+    rms = (unit.square().sum(-1) / kept.sum(-1)).sqrt()
+    ratio = gain_values(side.encode(x)[1]) / rms
+    assert ratio.min() > 1 / GAIN_ROUNDING and ratio.max() < GAIN_ROUNDING
+
+
+@pytest.mark.parametrize("gain", GAINS)
+def test_encode_scales_with_its_input(gain: str) -> None:
+    """Sixteen times the vector: the same planes, 32 more in the gain code."""
+    profile = synthetic.profile(key_gain=gain)
+    side, part = side_codec(profile), profile.layers[0].key
+    x = synthetic.samples(part, 100) - part.mean[:, None]
+    planes, codes = side.encode(x)
+    more_planes, more_codes = side.encode(16 * x)
+    assert torch.equal(planes, more_planes)
+    assert torch.equal(codes.int() + 32, more_codes.int())
+
+
+@pytest.mark.parametrize("gain", GAINS)
+@pytest.mark.parametrize("scale", [0.0, 1e-12, 1.0, 1e4])
+def test_encode_planes_never_exceed_3(gain: str, scale: float) -> None:
+    """One coordinate far outside its range as well as ordinary ones; gains are never masked, decoding stays finite."""
+    side = side_codec(synthetic.profile(key_gain=gain, decay=0.1))
+    x = torch.randn(1, 2, 300, 64) * scale
+    x[..., 0] *= 1000
+    planes, codes = side.encode(x)
+    assert planes.dtype == codes.dtype == torch.uint8
+    assert planes.max() <= 3 and codes.min() >= 1
+    assert side.decode(planes, codes).isfinite().all()
+
+
+def test_encode_uses_every_digit() -> None:
+    """All four values of every plane occur: no plane is wasted on Gaussian data."""
+    profile = synthetic.profile()
+    side, part = side_codec(profile), profile.layers[0].key
+    planes, _ = side.encode(synthetic.samples(part, 4000) - part.mean[:, None])
+    for digit in range(4):
+        assert (planes == digit).any(2).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_encode_takes_any_float_dtype(dtype: torch.dtype) -> None:
+    side = side_codec(synthetic.profile())
+    x = torch.randn(1, 2, 40, 64).to(dtype)
+    for got, want in zip(side.encode(x), side.encode(x.float()), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_encode_is_token_by_token() -> None:
+    side = side_codec(synthetic.profile())
+    x = torch.randn(2, 2, 256, 64)
+    planes, codes = side.encode(x)
+    alone_planes, alone_codes = side.encode(x[:, :, 100:101])
+    assert (planes[:, :, 100:101] != alone_planes).double().mean() <= CODE_FLIPS * 10
+    assert (codes[:, :, 100:101].int() - alone_codes.int()).abs().max() <= 1
+
+
+def test_masked_gains_decode_to_the_mean() -> None:
+    profile = synthetic.profile(rotary=None)
+    codec = build_codec(profile, HIGH, NO_DIALS)[2]
+    slots, start = torch.arange(20), torch.zeros(1, dtype=torch.int64)
+    masked = torch.full((1, 2, 20), MASKED_GAIN, dtype=torch.uint8)
+    for part, planes, decode in (
+        (profile.layers[2].key, codec.layout.key_planes, lambda p: codec.decode_keys(p, masked, slots, start)),
+        (profile.layers[2].value, codec.layout.value_planes, lambda p: codec.decode_values(p, masked)),
+    ):
+        got = decode(torch.randint(0, 4, (1, 2, 20, planes), dtype=torch.uint8))
+        assert torch.equal(got, part.mean[None, :, None].expand_as(got))
+
+
+@pytest.fixture
+def anchored() -> LayerCodec:
+    return build_codec(synthetic.profile(rotary=ROTARY, run=32), HIGH, NO_DIALS)[0]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("trajectory", [False, True])
+@pytest.mark.parametrize("start", [1, 31, 32, 1000])
+def test_encode_anchored_is_independent_of_the_start(interleaved: bool, trajectory: bool, start: int) -> None:
+    """Keys before rotation, the same in the same slots: left padding turns them, and must not change what is stored."""
+    rotary = Rotary(ROTARY.inv_freq, interleaved)
+    profile = synthetic.profile(rotary=rotary, run=32, trajectory=trajectory)
+    codec = build_codec(profile, HIGH, NO_DIALS)[0]
+    slots = torch.arange(2000, 2256)
+    keys = synthetic.samples(profile.layers[0].key, 256, batch=2)
+    starts = torch.tensor([0, start])
+    turned = rotary.rotate(keys.double(), (slots[None] - starts[:, None])[:, None])
+    turned[1] = rotary.rotate(keys[0].double(), slots - start)
+    planes, codes, _, _ = codec.encode(turned, keys, slots, starts)
+    assert (planes[0] != planes[1]).double().mean() < CODE_FLIPS
+    assert (codes[0].int() - codes[1].int()).abs().max() <= 1
+    decoded = codec.decode_keys(planes[:1].expand(2, -1, -1, -1), codes[:1].expand(2, -1, -1), slots, starts)
+    want = rotary.rotate(decoded[0].double(), torch.tensor(-start))
+    assert (decoded[1] - want).norm() < 3 * FLOAT32 * want.norm()
+
+
+@pytest.mark.parametrize("trajectory", [False, True])
+def test_decode_keys_of_masked_gains_is_the_mean_on_its_trajectory(trajectory: bool) -> None:
+    profile = synthetic.profile(rotary=ROTARY, run=32, trajectory=trajectory)
+    codec = build_codec(profile, HIGH, NO_DIALS)[0]
+    slots, start = torch.arange(90, 110), torch.tensor([7])
+    planes = torch.randint(0, 4, (1, 2, 20, codec.layout.key_planes), dtype=torch.uint8)
+    got = codec.decode_keys(planes, torch.zeros(1, 2, 20, dtype=torch.uint8), slots, start)
+    for i, slot in enumerate(slots.tolist()):
+        position = slot - 7 if trajectory else slot // 32 * 32 - 7
+        want = oracles.rotated(profile.layers[0].key.mean, ROTARY.inv_freq, position, False)
+        torch.testing.assert_close(got[0, :, i].double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_decode_keys_error_is_as_small_as_without_rotation(anchored: LayerCodec) -> None:
+    """A trajectory frame sees k R(j) - mean R(j): keys that are exactly the turned mean come back exactly."""
+    profile = synthetic.profile(rotary=ROTARY, run=32)
+    slots, start = torch.arange(500, 628), torch.tensor([3])
+    keys = ROTARY.rotate(profile.layers[0].key.mean[None, :, None].double(), slots - 3)
+    planes, codes, _, _ = anchored.encode(keys, keys, slots, start)
+    got = anchored.decode_keys(planes, codes, slots, start)
+    torch.testing.assert_close(got.double(), keys, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("trajectory", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("pairs", [32, 20])
+def test_mean_scores_are_products_with_the_turned_mean(trajectory: bool, interleaved: bool, pairs: int) -> None:
+    """Also for partial rotary, where the last coordinates stay."""
+    rotary = Rotary(synthetic.inv_freq(pairs), interleaved)
+    codec = build_codec(synthetic.profile(rotary=rotary, run=32, trajectory=trajectory), HIGH, NO_DIALS)[0]
+    assert codec.frame is not None
+    queries, mean = torch.randn(2, 3, 5, 64), codec.key.mean
+    got = codec.frame.mean_scores(queries, mean)
+    for j in range(32):
+        turned = oracles.rotated(mean, rotary.inv_freq, j if trajectory else 0, interleaved)
+        want = torch.einsum("hrnd,hd->hrn", queries.double(), turned)
+        torch.testing.assert_close(got[..., j].double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_anchors_is_the_position_of_the_first_token_of_a_run(anchored: LayerCodec) -> None:
+    assert anchored.frame is not None
+    slots, starts = torch.arange(100), torch.tensor([0, 5, 40])
+    got = anchored.frame.anchors(slots, starts)
+    assert got.tolist() == [[s - s % 32 - start for s in range(100)] for start in starts.tolist()]
+
+
+def test_build_codec_gives_every_layer_the_same_layout() -> None:
+    codecs = build_codec(synthetic.profile(layers=(1, 4, 7)), HIGH, NO_DIALS)
+    assert list(codecs) == [1, 4, 7] and len({c.layout for c in codecs.values()}) == 1
+    for codec in codecs.values():
+        assert codec.key.decode_matrix.shape == (2, codec.layout.key_planes, 64)
+        assert codec.value.decode_matrix.shape == (2, codec.layout.value_planes, 64)
+
+
+def test_build_codec_shares_frames_of_equal_rotations() -> None:
+    same = build_codec(synthetic.profile(rotary=ROTARY, run=32), HIGH, NO_DIALS)
+    assert same[0].frame is same[2].frame is not None
+    frame_bytes = same[0].frame.turns.numel() * 4  # pyright: ignore[reportOptionalMemberAccess]
+    assert codec_nbytes(same.values()) == same[0].nbytes + same[2].nbytes + frame_bytes
+
+
+@pytest.mark.parametrize(("rotary", "run"), [(None, 32), (ROTARY, 0)])
+def test_build_codec_plain_frame_without_rotation_or_run(rotary: Rotary | None, run: int) -> None:
+    codec = build_codec(synthetic.profile(rotary=rotary, run=run), HIGH, NO_DIALS)[0]
+    assert codec.frame is None
+    slots = torch.arange(8)
+    assert torch.equal(codec.key_mean(slots), codec.key.mean[:, None])
+
+
+@pytest.mark.parametrize(("peak", "dtype"), [(10.0, torch.float16), (60_000.0, torch.bfloat16)])
+def test_build_codec_exact_dtype_holds_the_peak(peak: float, dtype: torch.dtype) -> None:
+    profile = synthetic.profile(layers=(0,))
+    object.__setattr__(profile.layers[0], "peak", peak)
+    assert build_codec(profile, HIGH, NO_DIALS)[0].exact_dtype == dtype
+
+
+@pytest.mark.parametrize("noise", [0, 2, 4])
+def test_build_codec_with_dials_decodes_what_it_encodes(noise: int) -> None:
+    """The higher the tail's width, the smaller the error."""
+    profile, errors = synthetic.profile(dim=64), []
+    for bits in (noise, noise + 2):
+        side = build_codec(profile, HIGH, Dials(noise_bits=bits, d_eff_variance=0.5))[0].key
+        part = profile.layers[0].key
+        torch.manual_seed(1)
+        x = synthetic.samples(part, 500) - part.mean[:, None]
+        errors.append(float(z_of(profile, side.decode(*side.encode(x)) - x).square().sum()))
+    assert errors[1] < errors[0]
+
+
+def test_gain_codes_of_encode_match_the_distortion_of_no_gain_rounding() -> None:
+    """8-bit gains cost at most 2 % of the error at 2 bits: the error with exact least-squares gains is that close."""
+    profile = synthetic.profile(dim=96, key_gain="ls")
+    side, part = side_codec(profile), profile.layers[0].key
+    x = synthetic.samples(part, 1000) - part.mean[:, None]
+    planes, codes = side.encode(x)
+    assert codes.min() > gain_codes(torch.tensor([0.1]))[0]
+    z, decoded = z_of(profile, x), z_of(profile, side.decode(planes, codes))
+    best = ((z * decoded).sum(-1) / decoded.square().sum(-1))[..., None]
+    assert (z - decoded).square().sum() < 1.02 * (z - best * decoded).square().sum()
