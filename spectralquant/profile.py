@@ -1,8 +1,8 @@
 """Profile: everything calibration hands to the codec, frozen, in one `.safetensors` file.
 
 A profile holds transforms and spectra, not bit widths: one calibration serves every preset, and the widths follow from
-the spectra by `allocation.water_fill`. Loading runs no code (safetensors and JSON only) and checks, in this order, the file's
-integrity, its format version, every shape, that every number is finite, and its checksum. Whether it belongs to
+the spectra by `allocation.water_fill`. Loading runs no code (safetensors and JSON only) and checks, in this order, that the file can be
+read, its format version, the checksum over tensors and header, that every number is finite, and every shape. Whether it belongs to
 a model is checked by `Profile.require_model`.
 """
 
@@ -75,7 +75,7 @@ class Choices:
         query_metric: K is coded in the metric of the logits, E[q^T q].
         output_metric: V is coded in the metric of the layer's output, W_O W_O^T.
         key_gain, value_gain: "rms", "ls" or "unbiased" (see `codec.codec`).
-        value_shift: Bits per element moved from K to V.
+        value_shift: Bits per element that V has more than K.
         exact_below: A token stays exact when its |v|^2 is below this share of the layer's median; 0 turns it off.
         run: Tokens per anchored run of the K frame; 0 is the plain frame.
         trajectory: The mean of K turns with its position in the run (else it is constant in the stored frame).
@@ -124,7 +124,6 @@ class Profile:
         header = {
             "format": "spectralquant",
             "version": str(FORMAT_VERSION),
-            "checksum": _checksum(tensors),
             "choices": json.dumps(asdict(self.choices)),
             "exact_share": repr(self.exact_share),
             "model": json.dumps(self.model, sort_keys=True),
@@ -132,6 +131,7 @@ class Profile:
             "peak": json.dumps({i: p.peak for i, p in self.layers.items()}),
             "interleaved": json.dumps({i: p.rotary.interleaved for i, p in self.layers.items() if p.rotary}),
         }
+        header["checksum"] = _checksum(tensors, header)
         handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         os.close(handle)
         try:
@@ -167,14 +167,16 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
         if isinstance(error, ProfileError):
             raise
         raise ProfileError(f"{target} is not a readable calibration file ({error}); it is truncated or damaged") from error
-    if header.get("checksum") != _checksum(tensors):
-        raise ProfileError(f"{target} is damaged: its checksum does not match its tensors; calibrate again or restore it")
+    if header.get("checksum") != _checksum(tensors, header):
+        raise ProfileError(f"{target} is damaged: its checksum does not match its content; calibrate again or restore it")
     bad = [name for name, t in tensors.items() if not t.isfinite().all()]
     if bad:
         raise ProfileError(f"{target} holds values that are not finite in {bad[0]}; calibrate again")
     try:
         return _from_tensors(tensors, header)
-    except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+    except ProfileError:
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise ProfileError(f"{target} is incomplete: {error}") from error
 
 
@@ -185,8 +187,8 @@ def _require_header(target: Path, header: dict[str, str]) -> None:
         raise ProfileError(f"{target} has format version {header.get('version')}, this release reads {FORMAT_VERSION}; calibrate again")
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "checksum"}, sort_keys=True).encode())
     for name in sorted(tensors):
         t = tensors[name].contiguous()
         digest.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
@@ -199,10 +201,10 @@ def _to_tensors(profile: Profile) -> dict[str, Tensor]:
     for i, layer in profile.layers.items():
         for name, side in ((KEY, layer.key), (VALUE, layer.value)):
             for part in ("mean", "basis", "variance"):
-                out[f"layers.{i}.{name}.{part}"] = getattr(side, part).contiguous().cpu()
-        out[f"layers.{i}.value_norm"] = layer.value_norm.contiguous().cpu()
+                out[f"layers.{i}.{name}.{part}"] = getattr(side, part).contiguous().cpu().clone()
+        out[f"layers.{i}.value_norm"] = layer.value_norm.contiguous().cpu().clone()
         if layer.rotary is not None:
-            out[f"layers.{i}.inv_freq"] = layer.rotary.inv_freq.contiguous().cpu()
+            out[f"layers.{i}.inv_freq"] = layer.rotary.inv_freq.contiguous().cpu().clone()
     return out
 
 

@@ -30,7 +30,10 @@ def side(heads: int, dim: int, decay: float = 0.03, seed: int = 0, metric: Tenso
 def profile(
     heads: int = 2, dim: int = 64, layers: tuple[int, ...] = (0, 2), decay: float = 0.03, rotary: Rotary | None = None, exact_share: float = 0.0, **choices: Any
 ) -> Profile:
-    made = {i: LayerProfile(side(heads, dim, decay, 10 * i), side(heads, dim, decay, 10 * i + 5), torch.ones(heads), 12.0 + i, rotary) for i in layers}
+    made = {}
+    for i in layers:
+        own = rotary and Rotary(rotary.inv_freq.clone(), rotary.interleaved)  # as calibration reads it: one a layer
+        made[i] = LayerProfile(side(heads, dim, decay, 10 * i), side(heads, dim, decay, 10 * i + 5), torch.ones(heads), 12.0 + i, own)
     return Profile(made, Choices(**choices), exact_share, {"architecture": "Fake", "layers": len(layers), "weights": "abc"}, {"tokens": 5})
 
 

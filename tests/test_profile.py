@@ -198,7 +198,7 @@ def test_load_profile_rejects_wrong_shape_of_value_norms(tmp_path: Path, shape: 
 @pytest.mark.parametrize("version", ["0", "2", "1.0", "", None])
 def test_load_profile_rejects_other_versions(saved: Path, version: str | None) -> None:
     rewrite(saved, {"version": version})
-    with pytest.raises(ProfileError, match="format version .* this release reads 1"):
+    with pytest.raises(ProfileError, match=r"format version .* this release reads 1"):
         load_profile(saved)
 
 

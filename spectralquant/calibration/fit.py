@@ -13,7 +13,7 @@ from spectralquant.rope import Rotary
 RELATIVE_POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
 """Distances over which the query metric is averaged: a query meets a stored run at many of them, near ones most often."""
 PLAIN_POSITIONS = 2048
-"""Positions over which keys are averaged for the plain frame."""
+"""Positions over which keys and queries are averaged for the plain frame."""
 
 
 def fit_profile(statistics: ModelStatistics, choices: Choices, certificate: dict[str, Any] | None = None) -> Profile:
@@ -35,7 +35,8 @@ def _fit_key(mean: Tensor, second: Tensor, queries: Tensor, rotary: Rotary | Non
     if rotary is None:
         return _side(mean, second - _outer(mean), metric)
     if metric is not None:
-        metric = rotary.average_rotated(metric, torch.tensor(RELATIVE_POSITIONS))
+        seen = torch.tensor(RELATIVE_POSITIONS) if choices.run else torch.arange(PLAIN_POSITIONS)
+        metric = rotary.average_rotated(metric, seen)
     positions = torch.arange(choices.run or PLAIN_POSITIONS)
     if choices.run and choices.trajectory:
         return _side(mean, rotary.average_rotated(second - _outer(mean), positions), metric)

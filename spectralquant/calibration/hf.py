@@ -51,8 +51,8 @@ class ModelStatistics:
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """What identifies a model: architecture, shapes, and a hash over a sample of its weights.
 
-    64 values of every parameter with a name in a decoder layer go into the hash, rounded to bfloat16, so that the same model in
-    float32, float16 and bfloat16 shares its calibration while a fine-tune does not.
+    Up to 64 values of every parameter go into the hash, as quarter octaves of their size, so that the same model in float32,
+    float16 and bfloat16 shares its calibration while a fine-tune does not.
     """
     text = model.config.get_text_config(decoder=True)
     digest = hashlib.sha256()

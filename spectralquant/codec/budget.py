@@ -57,7 +57,8 @@ def coordinate_bits(variance: Tensor, planes: int, dials: Dials, preset: Compres
     bits = torch.cat([head, tail], -1)
     spare = 2 * planes - int(bits[0].sum())  # only when the semantic band is full: the tail takes the rest
     if spare:
-        bits[:, band:] += water_fill(variance[:, band:], spare)
+        widths = tuple(w for w in BIT_WIDTHS if w <= BIT_WIDTHS[-1] - tail_bits)
+        bits[:, band:] += water_fill(variance[:, band:], spare, widths)
     return bits
 
 

@@ -9,7 +9,8 @@ into tensor core operands. With lane = 4 r + c and word a = 2 a1 + a0:
     V (rows are planes, k is tokens):  token = 16 j + 8 a1 + 2 c + half,     plane = 8 a0 + r
 
 Words are little-endian: byte = 2 half + (j >= 4), bits 2 (j % 4). So a byte holds one plane of the four tokens 64 jhi + 16 jlo + low,
-jlo = 0..3 in its bit pairs, for one of 32 groups (jhi, low): the same for K and V, which differ only in where the byte lies. A *record* is one unit of one head, contiguous:
+jlo = 0..3 in its bit pairs, for one of 32 groups (jhi, low): the same for K and V, which differ only in where the byte lies. A
+*record* is one unit of one head, contiguous:
 
     [K chunks: P_K / 16 * 512 B] [K gains: 128 B] [V chunks: P_V / 16 * 512 B] [V gains: 128 B]
 
