@@ -1,5 +1,6 @@
 """Validated settings. Frozen: a setting never changes after a cache or a codec was built from it."""
 
+import math
 from dataclasses import dataclass
 from numbers import Real
 
@@ -10,11 +11,12 @@ from spectralquant.presets import BIT_WIDTHS
 def require_int(name: str, value: object, low: int, high: int | None = None) -> int:
     """`value` as an int in [low, high], or a ConfigError that names the argument and the range."""
     limit = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or int(value) != value:
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not number.is_integer():
         raise ConfigError(f"{name}={value!r}: expected {limit}; fractions are never rounded for you")
-    if value < low or (high is not None and value > high):
+    if number < low or (high is not None and number > high):
         raise ConfigError(f"{name}={value!r} is out of range: expected {limit}")
-    return int(value)
+    return int(number)
 
 
 @dataclass(frozen=True, slots=True)

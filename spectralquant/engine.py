@@ -7,7 +7,7 @@ import inspect
 import os
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ class SpectralQuantEngine:
         self._check_model(model)
         samples = make_samples(tokenizer, calibration_texts, n_samples)
         with tqdm(total=samples.tokens, unit="tok", desc="calibrating", disable=not progress) as bar:
-            statistics = collect(model, samples.statistics, coded_layer_indices(model), lambda done: bar.update(done) and None)
+            statistics = collect(model, samples.statistics, coded_layer_indices(model), _advance(bar))
             bar.set_description("choosing")
             with self.applied_to(model), _evaluation_mode(model):
                 profile = choose(model, statistics, samples.held_out, self.preset, self.cache_config, bar.set_postfix_str)
@@ -333,6 +333,13 @@ class SpectralQuantEngine:
             "tokens_per_second": new_tokens / seconds if seconds else 0.0,
             "preset": self.preset.name,
         }
+
+
+def _advance(bar: Any) -> Callable[[int], None]:
+    def advance(tokens: int) -> None:
+        bar.update(tokens)
+
+    return advance
 
 
 def _spectrum_summary(profile: Profile, preset: CompressionPreset) -> dict[str, Any]:

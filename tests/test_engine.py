@@ -48,10 +48,17 @@ def test_calibrate_is_deterministic(tokenizer: TinyTokenizer, tmp_path: Path) ->
 @torch.no_grad()
 def test_calibrate_restores_the_model_after_an_exception(tokenizer: TinyTokenizer) -> None:
     model = tiny_model("llama", seed=6)
-    with pytest.raises(CalibrationError, match="needs at least"):
-        SpectralQuantEngine().calibrate(model, tokenizer, ["far too short a text " * 20], progress=False)
+    broken = model.model.layers[1].register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("broken layer")))
+    with pytest.raises(RuntimeError, match="broken layer"):
+        SpectralQuantEngine().calibrate(model, tokenizer, get_default_calibration_texts(4), progress=False)
+    broken.remove()
     assert model.config._attn_implementation != "spectralquant-recorder"
     assert model(torch.tensor([[5, 6]])).logits.isfinite().all()
+
+
+def test_calibrate_rejects_too_little_text(llama: PreTrainedModel, tokenizer: TinyTokenizer) -> None:
+    with pytest.raises(CalibrationError, match="100 tokens, which is too short"):
+        SpectralQuantEngine().calibrate(llama, tokenizer, ["far too short a text " * 20], progress=False)
 
 
 def test_generate_returns_text_tokens_and_stats(sq: SpectralQuant, llama: PreTrainedModel, tokenizer: TinyTokenizer) -> None:
@@ -85,7 +92,8 @@ def test_generate_zero_tokens_returns_nothing_new(sq: SpectralQuant, llama: PreT
 )
 def test_generate_takes_every_form_of_prompt(sq: SpectralQuant, llama: PreTrainedModel, tokenizer: TinyTokenizer, prompt: Any) -> None:
     out = sq.generate(llama, tokenizer, prompt, max_new_tokens=3)
-    assert len(out["text"]) == 2 if prompt and isinstance(prompt, list) and isinstance(prompt[0], str) else isinstance(out["text"], str)
+    batched = isinstance(prompt, list) and isinstance(prompt[0], str)
+    assert len(out["text"]) == 2 if batched else isinstance(out["text"], str)
 
 
 def test_generate_batch_equals_single_runs(sq: SpectralQuant, llama: PreTrainedModel, tokenizer: TinyTokenizer) -> None:
@@ -190,9 +198,8 @@ def test_calibrate_rejects_corpus(llama: PreTrainedModel, tokenizer: TinyTokeniz
 
 @pytest.mark.parametrize("prompt", ["", [], ["one", ""], torch.tensor([])], ids=repr)
 def test_generate_rejects_empty_prompt(sq: SpectralQuant, llama: PreTrainedModel, tokenizer: TinyTokenizer, prompt: Any) -> None:
-    tokenizer_without_bos = prompt
     with pytest.raises(ConfigError, match="empty"):
-        sq.generate(llama, tokenizer, tokenizer_without_bos, max_new_tokens=2)
+        sq.generate(llama, tokenizer, prompt, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("count", [-1, 2.5, True, "3"], ids=repr)

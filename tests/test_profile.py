@@ -225,13 +225,15 @@ def test_load_profile_rejects_missing_tensors(saved: Path, drop: str) -> None:
 @pytest.mark.parametrize("name", ["choices", "exact_share", "model", "certificate", "peak", "interleaved"])
 def test_load_profile_rejects_missing_header_entries(saved: Path, name: str) -> None:
     rewrite(saved, {name: None})
-    with pytest.raises(ProfileError):
+    with pytest.raises(ProfileError, match="checksum does not match"):
         load_profile(saved)
 
 
-def test_load_profile_rejects_unknown_choices(saved: Path) -> None:
-    rewrite(saved, {"choices": json.dumps({"from_the_future": 1})})
-    with pytest.raises(ProfileError):
+@pytest.mark.parametrize(("name", "value"), [("choices", json.dumps({"run": 8})), ("exact_share", "0.5"), ("peak", "{}"), ("model", "{}")])
+def test_load_profile_rejects_changed_header_entries(saved: Path, name: str, value: str) -> None:
+    """The checksum covers what is no tensor too."""
+    rewrite(saved, {name: value})
+    with pytest.raises(ProfileError, match="checksum does not match"):
         load_profile(saved)
 
 

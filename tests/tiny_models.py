@@ -1,5 +1,6 @@
 """Tiny random models built from configurations: no download, a second each."""
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A random model of `family`; weights large enough that attention is far from uniform."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=dtype)
+    model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[family]), dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "proj" in name and parameter.dim() == 2:
