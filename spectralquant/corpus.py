@@ -68,7 +68,7 @@ def make_samples(tokenizer: Any, texts: "list[str] | None", n_samples: int | Non
     rest = [token for s in streams for token in s[share:]]
     if len(rest) < HELD_OUT_TOKENS:
         spare = min(HELD_OUT_TOKENS * HELD_OUT_WINDOWS, len(used) // 8)
-        used, rest = used[: len(used) - spare], used[len(used) - spare :]
+        used, rest = used[: len(used) - spare], [*rest, *used[len(used) - spare :]]
     if len(rest) < 32:
         total = len(used) + len(rest)
         raise CalibrationError(f"the calibration text has {total} tokens, which is too short: at least 256 are needed, {DEFAULT_TOKENS} are recommended")

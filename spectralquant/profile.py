@@ -217,6 +217,8 @@ def _from_tensors(tensors: dict[str, Tensor], header: dict[str, str]) -> Profile
         rotary = Rotary(tensors[f"layers.{i}.inv_freq"], interleaved[i]) if i in interleaved else None
         layers[i] = LayerProfile(sides[KEY], sides[VALUE], tensors[f"layers.{i}.value_norm"], peak[i], rotary)
         _require_shapes(i, layers[i])
+    if not layers:
+        raise ProfileError("the calibration file holds no layer; calibrate again")
     return Profile(
         layers,
         Choices(**json.loads(header["choices"])),
@@ -233,5 +235,7 @@ def _require_shapes(index: int, layer: LayerProfile) -> None:
             got = tuple(getattr(side, part).shape)
             if got != want:
                 raise ProfileError(f"layers.{index}.{name}.{part} has shape {got}, expected {want}; calibrate again")
+    if layer.rotary is not None and not 0 < layer.rotary.dim <= dim:
+        raise ProfileError(f"layers.{index}.inv_freq turns {layer.rotary.dim} coordinates of {dim}; calibrate again")
     if tuple(layer.value_norm.shape) != (heads,):
         raise ProfileError(f"layers.{index}.value_norm has shape {tuple(layer.value_norm.shape)}, expected {(heads,)}")

@@ -45,13 +45,13 @@ def require_head_dim(dim: int) -> None:
         raise ShapeError(f"head_dim={dim} can't be tiled: the codec takes multiples of 16 from 32 to 256")
 
 
-def coordinate_bits(variance: Tensor, planes: int, dials: Dials, preset: CompressionPreset, noise_bits: int | None) -> Tensor:
-    """Widths [H, D] (int64, each row sums to 2 * planes) for spectra `variance` [H, D], descending."""
+def coordinate_bits(variance: Tensor, planes: int, dials: Dials, preset: CompressionPreset, side: str) -> Tensor:
+    """Widths [H, D] (int64, each row sums to 2 * planes) for spectra `variance` [H, D], descending, of `side` "key" or "value"."""
     if not dials.any_set:
         return water_fill(variance, 2 * planes)
     heads, dim = variance.shape
     band = semantic_size(variance, _dial(dials.d_eff_variance, preset.d_eff_variance))
-    tail_bits = int(_dial(noise_bits, preset.noise_bits))
+    tail_bits = tail_width(dials, preset, side)
     tail = torch.full((heads, dim - band), tail_bits, dtype=torch.int64, device=variance.device)
     head = water_fill(variance[:, :band], min(2 * planes - tail_bits * (dim - band), band * BIT_WIDTHS[-1]))
     bits = torch.cat([head, tail], -1)
@@ -60,6 +60,13 @@ def coordinate_bits(variance: Tensor, planes: int, dials: Dials, preset: Compres
         widths = tuple(w for w in BIT_WIDTHS if w <= BIT_WIDTHS[-1] - tail_bits)
         bits[:, band:] += water_fill(variance[:, band:], spare, widths)
     return bits
+
+
+def tail_width(dials: Dials, preset: CompressionPreset, side: str) -> int:
+    """Bits of a tail coordinate of "key" or "value"."""
+    if side == "key":
+        return int(_dial(dials.noise_bits, preset.noise_bits))
+    return int(_dial(dials.value_noise_bits, preset.value_noise_bits))
 
 
 def semantic_size(variance: Tensor, share: float) -> int:
@@ -75,7 +82,8 @@ def _dial(value: float | int | None, default: float | int) -> float | int:
 def _dialled_planes(profile: Profile, preset: CompressionPreset, dials: Dials, dim: int) -> tuple[int, int]:
     share, avg = _dial(dials.d_eff_variance, preset.d_eff_variance), _dial(dials.avg_bits, preset.avg_bits)
     counts = []
-    for side, noise in (("key", _dial(dials.noise_bits, preset.noise_bits)), ("value", _dial(dials.value_noise_bits, preset.value_noise_bits))):
+    for side in ("key", "value"):
+        noise = tail_width(dials, preset, side)
         bands = [semantic_size(getattr(layer, side).variance, share) for layer in profile.layers.values()]
         bits = max(avg * band + noise * (dim - band) for band in bands)
         groups = -(-int(bits) // (2 * CHUNK_PLANES))

@@ -191,8 +191,8 @@ def build_codec(profile: Profile, preset: CompressionPreset, dials: Dials, devic
         if layer.rotary is not None and choices.run:
             same = (tuple(layer.rotary.inv_freq.tolist()), layer.rotary.interleaved)
             frame = frames.setdefault(same, _build_frame(layer, choices.run, choices.trajectory, device))
-        key_bits = coordinate_bits(layer.key.variance, layout.key_planes, dials, preset, dials.noise_bits)
-        value_bits = coordinate_bits(layer.value.variance, layout.value_planes, dials, preset, dials.value_noise_bits)
+        key_bits = coordinate_bits(layer.key.variance, layout.key_planes, dials, preset, "key")
+        value_bits = coordinate_bits(layer.value.variance, layout.value_planes, dials, preset, "value")
         out[index] = LayerCodec(
             _build_side(layer.key, key_bits, choices.key_gain, device),
             _build_side(layer.value, value_bits, choices.value_gain, device),

@@ -89,7 +89,7 @@ def test_plane_counts_rejects_promises_it_cannot_keep(dim: int, exact_share: flo
 @pytest.mark.parametrize("planes", [16, 64, 80, 240])
 def test_coordinate_bits_is_water_filling_without_dials(planes: int) -> None:
     variance = synthetic.side(3, 64, 0.1).variance
-    bits = coordinate_bits(variance, planes, NO_DIALS, HIGH, None)
+    bits = coordinate_bits(variance, planes, NO_DIALS, HIGH, "key")
     assert torch.equal(bits, water_fill(variance, 2 * planes))
     assert (bits.sum(-1) == 2 * planes).all() and set(bits.unique().tolist()) <= set(BIT_WIDTHS)
 
