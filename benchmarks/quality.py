@@ -86,6 +86,7 @@ def main():
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--prefix", action="append", type=int)
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--preset", action="append", choices=list(PRESETS))
     parser.add_argument("--calibration", default=None)
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
@@ -93,7 +94,7 @@ def main():
     path = Path(args.calibration or "calibration.safetensors")
     if not with_suffix(path).exists():
         SpectralQuantEngine(compression="high").calibrate_to(path, model, tokenizer)
-    engines = {name: SpectralQuantEngine(compression=name) for name in PRESETS}
+    engines = {name: SpectralQuantEngine(compression=name) for name in args.preset or PRESETS}
     for engine in engines.values():
         engine.load_calibration(path)
     result = {
@@ -116,10 +117,15 @@ def main():
                 rows = [score(model, engine, w, prefix) for w in tqdm(windows, desc=f"{name} {prefix} {preset}")]
                 line = {"text": name, "prefix": prefix, "preset": preset, **summarise(rows, layout, next(iter(engine.profile_codec(model).values())).head_dim)}
                 result["rows"].append(line)
+                write(Path(args.out), result)
                 print(json.dumps({k: v for k, v in line.items() if k != "kl_per_window"}), flush=True)
-    aside = Path(args.out).with_suffix(f".{os.getpid()}")
-    aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    aside.replace(args.out)
+
+
+def write(path, document):
+    """Write aside, then rename."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from spectralquant.api import SpectralQuant as SpectralQuant
     from spectralquant.corpus import get_default_calibration_texts as get_default_calibration_texts
     from spectralquant.engine import SpectralQuantEngine as SpectralQuantEngine
+    from spectralquant.heads import EigenspectralCalibrator as EigenspectralCalibrator
+    from spectralquant.heads import HeadCalibrationData as HeadCalibrationData
+    from spectralquant.heads import HeadEngine as HeadEngine
 
     DEFAULT_CALIBRATION_TEXTS: list[str]
 
@@ -23,12 +26,18 @@ from spectralquant.version import __version__ as __version__
 _LAZY = {
     "SpectralQuant": "spectralquant.api",
     "SpectralQuantEngine": "spectralquant.engine",
+    "EigenspectralCalibrator": "spectralquant.heads",
+    "HeadCalibrationData": "spectralquant.heads",
+    "HeadEngine": "spectralquant.heads",
     "get_default_calibration_texts": "spectralquant.corpus",
 }
 __all__ = [
     "DEFAULT_CALIBRATION_TEXTS",
     "PRESETS",
     "CompressionPreset",
+    "EigenspectralCalibrator",
+    "HeadCalibrationData",
+    "HeadEngine",
     "SpectralQuant",
     "SpectralQuantEngine",
     "__version__",

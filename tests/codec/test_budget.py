@@ -104,8 +104,8 @@ def test_coordinate_bits_with_dials_adds_up(decay: float, noise: int | None, avg
     profile = synthetic.profile(2, 64, (0, 1), decay=decay)
     counts = plane_counts(profile, HIGH, dials)
     for layer in profile.layers.values():
-        for side, planes in zip((layer.key, layer.value), counts, strict=True):
-            bits = coordinate_bits(side.variance, planes, dials, HIGH, noise)
+        for name, side, planes in zip(("key", "value"), (layer.key, layer.value), counts, strict=True):
+            bits = coordinate_bits(side.variance, planes, dials, HIGH, name)
             assert (bits.sum(-1) == 2 * planes).all()
             assert set(bits.unique().tolist()) <= set(BIT_WIDTHS)
             if dials.any_set:
