@@ -62,7 +62,7 @@ class CacheConfig:
     sinks: int = 4
     window: int = 64
     max_exact_share: float = 0.02
-    tile_tokens: int = 1024
+    tile_tokens: int = 2048
 
     def __post_init__(self) -> None:
         require_int("sinks", self.sinks, 0, 64)
