@@ -4,6 +4,9 @@ The best recipe differs between models (a query metric helps one and hurts anoth
 starts from the recipe that is best on most models and tries one change after another, keeping each that lowers mean
 KL(uncompressed || compressed) by more than 2 %. Prefixes are run once; a candidate costs one encoding and one forward of
 the scored tokens, which read real packed codes through the real cache.
+
+The KL of the winner is optimistic: it is the least of the menu on the very windows it was chosen on, these come from the same texts as the
+statistics (other parts of them), and the scored tokens are fed at once, so none of them is coded. It ranks candidates; it is no benchmark.
 """
 
 from collections.abc import Callable
@@ -20,7 +23,7 @@ from spectralquant.calibration.fit import fit_profile
 from spectralquant.calibration.hf import ModelStatistics
 from spectralquant.codec.codec import build_codec
 from spectralquant.config import CacheConfig, Dials
-from spectralquant.errors import ConfigError
+from spectralquant.errors import CalibrationError, ConfigError
 from spectralquant.presets import CompressionPreset
 from spectralquant.profile import Choices, Profile
 
@@ -74,7 +77,9 @@ def choose(
         progress(f"{'start' if not change else ' '.join(f'{k}={v}' for k, v in change.items())}: KL {result['kl']:.4f}")
         if better:
             best, best_kl = choices, result["kl"]
-    winner = next(r for r in reversed(rows) if r["kept"])
+    winner = next((r for r in reversed(rows) if r["kept"]), None)
+    if winner is None:
+        raise CalibrationError(f"no candidate gave a finite KL (got {rows[0]['kl']}): the model's logits are not finite; try bfloat16 or float32")
     certificate = {
         "preset": preset.name,
         "windows": len(windows),

@@ -8,7 +8,8 @@ def describe_certificate(profile: Profile) -> str:
     c = profile.certificate
     head = (
         f"certificate: {c['tokens']:,} tokens of the {c['corpus']} corpus, {c['seconds']:.0f} s; "
-        f"at '{c['preset']}' KL {c['kl']:.4f}, agreement {c['agreement']:.1%} on {c['scored_tokens']} held-out tokens"
+        f"at '{c['preset']}' KL {c['kl']:.4f}, agreement {c['agreement']:.1%} on {c['scored_tokens']} held-out tokens\n"
+        "  (it ranks the candidates below and was chosen on the same tokens: optimistic, expect more on other text)"
     )
     rows = [
         f"  {'kept   ' if row['kept'] else 'dropped'} {_name(row['changed']):<24} KL {row['kl']:.4f}  agreement {row['agreement']:.1%}" for row in c["menu"]
