@@ -1,17 +1,20 @@
 """Quality of each preset against the uncompressed model, on text that nothing was tuned on.
 
-    python benchmarks/quality.py --text wikitext=FILE --text code=FILE [--model M] [--prefix 512 --prefix 2048] [--windows 8] --out FILE
+    python benchmarks/quality.py --text wikitext=FILE --text code=stdlib:tarfile,inspect [--model M] [--prefix 512 --prefix 2048] [--windows 8] --out FILE
 
 A window is `prefix` tokens of context and 256 scored tokens, fed in chunks of 16 so that they read codes; the context is stored in the packed
-cache with everything a user's cache has (sinks, window, secondary sinks). KL is KL(uncompressed || compressed) in nats per token.
+cache with everything a user's cache has (sinks, window, secondary sinks). Windows are spread evenly over the text; `stdlib:` joins the source
+of modules of the running Python. KL is KL(uncompressed || compressed) in nats per token.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
 import platform
 import re
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +28,14 @@ from spectralquant.presets import PRESETS
 from spectralquant.profile import with_suffix
 
 SCORED, CHUNK = 256, 16
+
+
+def read_text(source: str) -> str:
+    """A file, or `stdlib:` and module names."""
+    if not source.startswith("stdlib:"):
+        return detokenise(Path(source).read_text(encoding="utf-8"))
+    specs = [importlib.util.find_spec(name) for name in source.removeprefix("stdlib:").split(",")]
+    return "\n\n".join(Path(spec.origin).read_text(encoding="utf-8") for spec in specs)
 
 
 def detokenise(text: str) -> str:
@@ -99,8 +110,8 @@ def main():
         engine.load_calibration(path)
     result = {
         "model": label,
-        "command": "python benchmarks/quality.py",
-        "arguments": {"prefix": args.prefix, "windows": args.windows, "texts": [t.split("=")[0] for t in args.text]},
+        "command": " ".join(["python benchmarks/quality.py", *(re.sub("=/.*/", "=", a) for a in sys.argv[1:])]),
+        "python": platform.python_version(),
         "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "versions": {n: version(n) for n in ("torch", "transformers")},
@@ -108,10 +119,13 @@ def main():
         "rows": [],
     }
     for name, file in (t.split("=", 1) for t in args.text):
-        ids = tokenizer(detokenise(Path(file).read_text(encoding="utf-8", errors="ignore")[:600_000]), return_tensors="pt")["input_ids"][:, 500:]
+        ids = tokenizer(read_text(file), return_tensors="pt")["input_ids"]
         for prefix in args.prefix or [512, 2048]:
             size = prefix + SCORED
-            windows = [ids[:, i * size : (i + 1) * size] for i in range(min(args.windows, ids.shape[1] // size))]
+            gap = (ids.shape[1] - size) // max(args.windows - 1, 1)
+            if gap < size:
+                parser.error(f"text {name!r} has {ids.shape[1]} tokens, too few for {args.windows} windows of {size}")
+            windows = [ids[:, i * gap : i * gap + size] for i in range(args.windows)]
             for preset, engine in engines.items():
                 layout = next(iter(engine.profile_codec(model).values())).layout
                 rows = [score(model, engine, w, prefix) for w in tqdm(windows, desc=f"{name} {prefix} {preset}")]

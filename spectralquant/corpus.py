@@ -16,10 +16,10 @@ from torch import Tensor
 from spectralquant.config import require_int
 from spectralquant.errors import CalibrationError, ConfigError
 
-SAMPLE_TOKENS = 2048
-"""Length of one calibration sample: long enough for the positions and distances that real contexts have."""
-DEFAULT_TOKENS = 32_768
-HELD_OUT_TOKENS = 640
+SAMPLE_TOKENS = 1024
+"""Length of one calibration sample: several texts long. Keys are taken before the rotary embedding, so longer ones teach little more."""
+DEFAULT_TOKENS = 52_000
+HELD_OUT_TOKENS = 768
 """Length of one held-out window: context plus scored tokens."""
 HELD_OUT_WINDOWS = 3
 

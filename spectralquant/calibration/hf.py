@@ -177,7 +177,7 @@ def collect(model: PreTrainedModel, samples: list[Tensor], coded: list[int], pro
         raise UnsupportedModelError(f"{type(model).__name__} has no attention layer that grows with the text: there is nothing to compress")
     statistics = ModelStatistics(fingerprint(model))
     recorder = _Recorder(statistics, set(coded))
-    with _recording(model, recorder), torch.no_grad():
+    with _recording(model, recorder), _fast_products(), torch.no_grad():
         for ids in samples:
             model.base_model(input_ids=ids.to(model.device), use_cache=False)
             statistics.tokens += max(ids.shape[1] - SKIP, 0)
@@ -192,6 +192,18 @@ def collect(model: PreTrainedModel, samples: list[Tensor], coded: list[int], pro
             f"the calibration text has {statistics.tokens} usable tokens; head size {dim} needs at least {need}: add about {need - statistics.tokens} tokens"
         )
     return statistics
+
+
+@contextmanager
+def _fast_products() -> Iterator[None]:
+    """Let float32 products round their factors to bfloat16 where the hardware gains by it: a relative error of 2^-9 in a covariance is
+    nothing beside the quantizer's, and calibration takes half the time on a CPU with bfloat16 instructions."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager
