@@ -22,6 +22,7 @@ from spectralquant.cache.hf import SpectralCache, cache_argument, coded_layer_in
 from spectralquant.calibration.hf import collect, fingerprint
 from spectralquant.codec.budget import require_head_dim, semantic_size
 from spectralquant.codec.codec import LayerCodec, build_codec
+from spectralquant.codec.quantizer import QUANTIZERS
 from spectralquant.config import CacheConfig, Dials, require_int
 from spectralquant.corpus import make_samples
 from spectralquant.errors import CalibrationError, ConfigError, ShapeError
@@ -43,6 +44,7 @@ class SpectralQuantEngine:
         device: Where models are expected; None takes each model as it is.
         compression: Preset whose size promise is kept when no dial is set.
         cache_config: What caches keep exact.
+        quantizer: "uniform" (the kernels' format) or "lloyd-max" (less distortion, read by the PyTorch reference only).
 
     Raises:
         ConfigError: An argument is out of its range.
@@ -61,6 +63,7 @@ class SpectralQuantEngine:
         *,
         compression: str | CompressionPreset = "high",
         cache_config: CacheConfig | None = None,
+        quantizer: str = "uniform",
     ) -> None:
         if use_qjl:
             raise ConfigError("use_qjl=True: a QJL stage is not offered, it costs bits and raises the error; leave it False")
@@ -71,6 +74,9 @@ class SpectralQuantEngine:
         self.dials = Dials(total_bits, noise_bits, value_noise_bits, d_eff_variance)
         self.device = device
         self.cache_config = cache_config or CacheConfig()
+        if quantizer not in QUANTIZERS:
+            raise ConfigError(f"quantizer={quantizer!r}: expected one of {', '.join(map(repr, QUANTIZERS))}")
+        self.quantizer = quantizer
         self._profiles: dict[str, Profile] = {}
         self._codecs: dict[tuple[str, str], dict[int, LayerCodec]] = {}
         self._fingerprints: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, Any]] = weakref.WeakKeyDictionary()
@@ -100,7 +106,7 @@ class SpectralQuantEngine:
             statistics = collect(model, samples.statistics, coded_layer_indices(model), _advance(bar))
             bar.set_description("choosing")
             with self.applied_to(model), _evaluation_mode(model):
-                profile = choose(model, statistics, samples.held_out, self.preset, self.cache_config, bar.set_postfix_str)
+                profile = choose(model, statistics, samples.held_out, self.preset, self.cache_config, self.quantizer, bar.set_postfix_str)
         seconds = time.perf_counter() - began
         profile.certificate.update(tokens=statistics.tokens, seconds=round(seconds, 2), corpus="bundled" if calibration_texts is None else "own")
         self._add(profile)
@@ -206,7 +212,7 @@ class SpectralQuantEngine:
         device = torch.device("cpu") if model is None else model.device
         key = (profile.model["weights"], str(device))
         if key not in self._codecs:
-            self._codecs[key] = build_codec(profile, self.preset, self.dials, device)
+            self._codecs[key] = build_codec(profile, self.preset, self.dials, device, self.quantizer)
         return self._codecs[key]
 
     # Generation -----------------------------------------------------------------------------------------------------

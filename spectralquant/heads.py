@@ -4,8 +4,8 @@ Whole models go through `engine.SpectralQuantEngine`; nothing here is on its pat
 """
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from spectralquant.cache.hf import coded_layer_indices
 from spectralquant.calibration.fit import fit_profile
 from spectralquant.calibration.hf import collect
 from spectralquant.codec.budget import semantic_size
-from spectralquant.codec.codec import SideCodec, build_codec
+from spectralquant.codec.codec import SideCodec, build_codec, map_tensors
 from spectralquant.codec.layout import UNIT, pack_gains, pack_planes, unpack_gains, unpack_planes
 from spectralquant.config import Dials, require_int
 from spectralquant.corpus import make_samples
@@ -194,7 +194,7 @@ class HeadEngine:
 
     def to(self, device: torch.device | str) -> "HeadEngine":
         """This engine with its constants on `device`."""
-        self._key, self._value = (_map(side, lambda t: t.to(device)) for side in (self._key, self._value))
+        self._key, self._value = (map_tensors(side, lambda t: t.to(device)) for side in (self._key, self._value))
         return self
 
     def _compress(self, x: Tensor, which: str, side: SideCodec) -> CompressedHead:
@@ -208,8 +208,4 @@ class HeadEngine:
 
 
 def _one_head(side: SideCodec, head: int) -> SideCodec:
-    return _map(side, lambda t: t[head : head + 1].clone())
-
-
-def _map(side: SideCodec, fn: Callable[[Tensor], Tensor]) -> SideCodec:
-    return replace(side, **{f.name: fn(getattr(side, f.name)) for f in fields(side) if f.name != "gain"})
+    return map_tensors(side, lambda t: t[head : head + 1].clone())

@@ -56,6 +56,7 @@ def choose(
     held_out: list[Tensor],
     preset: CompressionPreset,
     config: CacheConfig,
+    quantizer: str = "uniform",
     progress: Callable[[str], None] = lambda label: None,
 ) -> Profile:
     """The profile with the least KL of the menu, its certificate filled in. The model must use our attention implementation."""
@@ -68,7 +69,7 @@ def choose(
             continue
         profile = fit_profile(statistics, choices)
         try:
-            result = measure(model, windows, profile, preset, config)
+            result = measure(model, windows, profile, preset, config, quantizer)
         except ConfigError:
             if not rows:
                 raise
@@ -102,9 +103,11 @@ def _prepare(model: PreTrainedModel, ids: Tensor) -> _Window:
     return _Window(context, ids[:, split:], logits.float().log_softmax(-1))
 
 
-def measure(model: PreTrainedModel, windows: list[_Window], profile: Profile, preset: CompressionPreset, config: CacheConfig) -> dict[str, float]:
+def measure(
+    model: PreTrainedModel, windows: list[_Window], profile: Profile, preset: CompressionPreset, config: CacheConfig, quantizer: str = "uniform"
+) -> dict[str, float]:
     """Mean KL (nats per token) and argmax agreement of `profile` over the windows."""
-    codecs = build_codec(profile, preset, Dials(), model.device)
+    codecs = build_codec(profile, preset, Dials(), model.device, quantizer)
     divergence, agree = [], []
     for window in windows:
         cache = SpectralCache(model.config, codecs, config)

@@ -1,11 +1,11 @@
 """Attention over a PackedKV in plain PyTorch: the specification of the fused kernel, and the backend of every non-CUDA device.
 
-    k = R(t0)^-1-frame code:  q.k = (q R(-t0)) . x^,  x^ = mean + g (c - 1.5) W   =>   q.k = q'.mean + g ((c - 1.5) . (q' W^T))
-    out = (sum_t p_t g_t (c_t - 1.5)) W + mean sum_t p_t
+    k = R(t0)^-1-frame code:  q.k = (q R(-t0)) . x^,  x^ = mean + g (s - o) W   =>   q.k = q'.mean + g ((s - o) . (q' W^T))
+    out = (sum_t p_t g_t (s_t - o)) W + mean sum_t p_t
 
-so keys and values are never decoded: the query goes into plane space once per run, the weighted sum comes back once. Packed
-tokens are read in tiles of `tile_tokens`; softmax is carried across tiles (Milakov & Gimelshein 2018, arXiv:1805.02867), with
-the exact tokens and the raw window as two more tiles. Scores and sums are float32.
+(s: symbols, o: their offset, see `codec.quantizer`) so keys and values are never decoded: the query goes into symbol space once
+per run, the weighted sum comes back once. Packed tokens are read in tiles of `tile_tokens`; softmax is carried across tiles (Milakov &
+Gimelshein 2018, arXiv:1805.02867), with the exact tokens and the raw window as two more tiles. Scores and sums are float32.
 """
 
 from dataclasses import dataclass
@@ -105,14 +105,14 @@ def _dense_part(q: _Query, state: _Softmax, keys: Tensor, values: Tensor, column
 def _packed_part(q: _Query, kv: PackedKV) -> _Softmax:
     """Softmax state over the packed slots, its sum already back in the space of the values."""
     codec, (batch, heads, count, _) = kv.codec, q.states.shape
-    planes = codec.layout.value_planes
+    symbols = codec.value.decode_matrix.shape[1]
     zeros = q.states.new_zeros((batch, heads, count))
-    state = _Softmax(zeros - torch.inf, zeros, q.states.new_zeros((batch, heads, count, planes + 1)))
+    state = _Softmax(zeros - torch.inf, zeros, q.states.new_zeros((batch, heads, count, symbols + 1)))
     for first in range(0, kv.packed, kv.tile_tokens):
         _packed_tile(q, kv, state, first, min(first + kv.tile_tokens, kv.packed))
-    # The last column is sum p g: the zero point 1.5 of all planes at once.
-    coded, gained = state.total[..., :planes], state.total[..., planes:]
-    state.total = (coded - 1.5 * gained) @ codec.value.decode_matrix + codec.value.mean[:, None] * state.mass[..., None]
+    # The last column is sum p g: the offset of all symbols at once.
+    coded, gained = state.total[..., :symbols], state.total[..., symbols:]
+    state.total = (coded - codec.value.quantizer.offset * gained) @ codec.value.decode_matrix + codec.value.mean[:, None] * state.mass[..., None]
     return state
 
 
@@ -129,17 +129,18 @@ def _packed_tile(q: _Query, kv: PackedKV, state: _Softmax, first: int, last: int
     weights = state.add(q.finish(scores, (gain_code != MASKED_GAIN)[:, :, None], slice(first, last)))
     weights *= gain_values(unpack_gains(value_gain).flatten(2))[:, :, None]
     state.total[..., -1] += weights.sum(-1)
-    codes = unpack_pairs(value, "value").float().flatten(3, 4)  # [4, B, H, U * 32, P]
+    codes = kv.codec.value.quantizer.symbols(unpack_pairs(value, "value"), head_axis=2).flatten(3, 4)  # [4, B, H, U * 32, S]
     by_pair = weights.unflatten(-1, (-1, 2, PAIRS, 16)).movedim(-2, 0).flatten(4)  # [4, B, H, N, U * 32]
     state.total[..., :-1] += (by_pair @ codes).sum(0)
 
 
 def _plain_scores(states: Tensor, kv: PackedKV, packed: Tensor) -> tuple[Tensor, Tensor]:
-    """(c - 1.5) . (q W^T) of packed keys [B, H, U, bytes] in token order, [B, H, N, T], and q . mean, [B, H, N, 1]."""
-    coded = states @ kv.codec.key.decode_matrix.mT
-    scores = coded @ unpack_pairs(packed, "key").float().flatten(3, 4).mT  # [4, B, H, N, U * 32]
+    """(s - o) . (q W^T) of packed keys [B, H, U, bytes] in token order, [B, H, N, T], and q . mean, [B, H, N, 1]."""
+    side = kv.codec.key
+    coded = states @ side.decode_matrix.mT
+    scores = coded @ side.quantizer.symbols(unpack_pairs(packed, "key"), head_axis=2).flatten(3, 4).mT  # [4, B, H, N, U * 32]
     scores = scores.unflatten(-1, (-1, 2, 16)).movedim(0, -2).flatten(3)
-    return scores - 1.5 * coded.sum(-1, keepdim=True), states @ kv.codec.key.mean[:, :, None]
+    return scores - side.quantizer.offset * coded.sum(-1, keepdim=True), states @ side.mean[:, :, None]
 
 
 def _anchored_scores(states: Tensor, kv: PackedKV, packed: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -152,10 +153,11 @@ def _anchored_scores(states: Tensor, kv: PackedKV, packed: Tensor, first: int, l
     coded = turned @ codec.key.decode_matrix.mT[:, None]
     missing = -packed.shape[2] % units  # the last run may be half full
     packed = torch.nn.functional.pad(packed, (0, 0, 0, missing)) if missing else packed
-    codes = unpack_pairs(packed.unflatten(2, (-1, units)), "key").float().flatten(4, 5)  # [4, B, H, R, units * 32, P]
+    quantizer = codec.key.quantizer
+    codes = quantizer.symbols(unpack_pairs(packed.unflatten(2, (-1, units)), "key"), head_axis=2).flatten(4, 5)  # [4, B, H, R, units * 32, S]
     scores = coded @ codes.mT
     scores = scores.unflatten(-1, (units, 2, 16)).movedim(0, -2).flatten(4)  # [B, H, R, N, run]
-    scores = scores - 1.5 * coded.sum(-1, keepdim=True)
+    scores = scores - quantizer.offset * coded.sum(-1, keepdim=True)
     bias = frame.mean_scores(turned, codec.key.mean)
     return _join_runs(scores)[..., : last - first], _join_runs(bias)[..., : last - first]
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from spectralquant.allocation import water_fill
 from spectralquant.codec.layout import CHUNK_PLANES
+from spectralquant.codec.quantizer import QUANTIZERS
 from spectralquant.config import Dials
 from spectralquant.errors import ConfigError, ShapeError
 from spectralquant.presets import BIT_WIDTHS, CompressionPreset
@@ -45,20 +46,21 @@ def require_head_dim(dim: int) -> None:
         raise ShapeError(f"head_dim={dim} can't be tiled: the codec takes multiples of 16 from 32 to 256")
 
 
-def coordinate_bits(variance: Tensor, planes: int, dials: Dials, preset: CompressionPreset, side: str) -> Tensor:
+def coordinate_bits(variance: Tensor, planes: int, dials: Dials, preset: CompressionPreset, side: str, quantizer: str = "uniform") -> Tensor:
     """Widths [H, D] (int64, each row sums to 2 * planes) for spectra `variance` [H, D], descending, of `side` "key" or "value"."""
+    widths = QUANTIZERS[quantizer]
     if not dials.any_set:
-        return water_fill(variance, 2 * planes)
+        return water_fill(variance, 2 * planes, widths, quantizer)
     heads, dim = variance.shape
     band = semantic_size(variance, _dial(dials.d_eff_variance, preset.d_eff_variance))
     tail_bits = tail_width(dials, preset, side)
     tail = torch.full((heads, dim - band), tail_bits, dtype=torch.int64, device=variance.device)
-    head = water_fill(variance[:, :band], min(2 * planes - tail_bits * (dim - band), band * BIT_WIDTHS[-1]))
+    head = water_fill(variance[:, :band], min(2 * planes - tail_bits * (dim - band), band * widths[-1]), widths, quantizer)
     bits = torch.cat([head, tail], -1)
     spare = 2 * planes - int(bits[0].sum())  # only when the semantic band is full: the tail takes the rest
     if spare:
-        widths = tuple(w for w in BIT_WIDTHS if w <= BIT_WIDTHS[-1] - tail_bits)
-        bits[:, band:] += water_fill(variance[:, band:], spare, widths)
+        room = tuple(w for w in widths if w <= widths[-1] - tail_bits)
+        bits[:, band:] += water_fill(variance[:, band:], spare, room, quantizer)
     return bits
 
 

@@ -13,21 +13,19 @@ K of an anchored layer is coded as `k R(-t0)`, t0 the position of the first toke
 mean `mean R(j)`, j the offset in the run. Computed in float32; 8-bit log gains cover 2^-15.9 .. 2^15.9.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from spectralquant.codebook import uniform_codebook
 from spectralquant.codec.budget import coordinate_bits, plane_counts
 from spectralquant.codec.layout import RecordLayout, gain_codes, gain_values
+from spectralquant.codec.quantizer import EPS, Quantizer, build_quantizer
 from spectralquant.config import Dials
 from spectralquant.presets import CompressionPreset
 from spectralquant.profile import LayerProfile, Profile, SideProfile
 from spectralquant.rope import Rotary
-
-EPS = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +34,10 @@ class SideCodec:
 
     Attributes:
         encode_matrix: [H, D, D], A with column i divided by sd_i: u = (x - mean) @ encode_matrix has unit variance.
-        decode_matrix: [H, P, D], W.
+        decode_matrix: [H, S, D], W; S is the quantizer's number of symbols.
         mean: [H, D].
         scale: [H, D], sd_i.
-        step: [H, D], quantizer steps in units of sd_i; 0 for dropped coordinates.
-        top: [H, D], 2^b_i - 1 (float).
-        plane_coordinate: [H, P] int64.
-        plane_shift: [H, P] uint8, 2 * digit(p).
+        quantizer: How unit coordinates become planes.
         gain: Which gain is stored.
     """
 
@@ -50,28 +45,20 @@ class SideCodec:
     decode_matrix: Tensor
     mean: Tensor
     scale: Tensor
-    step: Tensor
-    top: Tensor
-    plane_coordinate: Tensor
-    plane_shift: Tensor
+    quantizer: Quantizer
     gain: str
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.encode_matrix, self.decode_matrix, self.mean, self.scale, self.step, self.top, self.plane_coordinate, self.plane_shift)
-        return sum(t.untyped_storage().nbytes() for t in tensors)
+        return sum(t.untyped_storage().nbytes() for t in tensors_of(self))
 
     def encode(self, centred: Tensor) -> tuple[Tensor, Tensor]:
         """centred [B, H, T, D] (mean already subtracted, any float dtype) -> planes [B, H, T, P] uint8, gain codes [B, H, T] uint8."""
         u = centred.float() @ self.encode_matrix
-        kept = (self.step > 0).float()[:, None]
+        kept = self.quantizer.kept.float()[:, None]
         rms = ((u * u * kept).sum(-1, keepdim=True) / kept.sum(-1, keepdim=True)).sqrt().clamp_min(EPS)
-        step, top = self.step[:, None], self.top[:, None]
-        code = torch.minimum((u / rms / step.clamp_min(EPS) + (top + 1) / 2).floor().clamp_min(0), top)
-        shape = (code - top / 2) * step * self.scale[:, None]
-        gain = self._gain(u * self.scale[:, None] * kept, shape, rms)
-        index = self.plane_coordinate[:, None].expand(*code.shape[:-1], -1)
-        planes = (code.to(torch.uint8).gather(-1, index) >> self.plane_shift[:, None]) & 3
+        planes, levels = self.quantizer.quantize(u / rms)
+        gain = self._gain(u * self.scale[:, None] * kept, levels * self.scale[:, None], rms)
         return planes, gain_codes(gain.squeeze(-1))
 
     def _gain(self, z: Tensor, shape: Tensor, rms: Tensor) -> Tensor:
@@ -84,7 +71,8 @@ class SideCodec:
 
     def decode(self, planes: Tensor, codes: Tensor) -> Tensor:
         """planes [B, H, T, P], gain codes [B, H, T] -> [B, H, T, D] float32, mean not added."""
-        return ((planes.float() - 1.5) @ self.decode_matrix) * gain_values(codes)[..., None]
+        symbols = self.quantizer.symbols(planes, head_axis=1) - self.quantizer.offset
+        return (symbols @ self.decode_matrix) * gain_values(codes)[..., None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +169,10 @@ def codec_nbytes(codecs: Iterable[LayerCodec]) -> int:
     return sum(c.nbytes for c in codecs) + sum(frames.values())
 
 
-def build_codec(profile: Profile, preset: CompressionPreset, dials: Dials, device: torch.device | str = "cpu") -> dict[int, LayerCodec]:
-    """Codecs of all coded layers, by layer index, all with the same record layout."""
+def build_codec(
+    profile: Profile, preset: CompressionPreset, dials: Dials, device: torch.device | str = "cpu", quantizer: str = "uniform"
+) -> dict[int, LayerCodec]:
+    """Codecs of all coded layers, by layer index, all with the same record layout. `quantizer`: see `codec.quantizer.QUANTIZERS`."""
     layout, frames = RecordLayout(*plane_counts(profile, preset, dials)), {}
     choices, device = profile.choices, torch.device(device)
     out = {}
@@ -191,11 +181,11 @@ def build_codec(profile: Profile, preset: CompressionPreset, dials: Dials, devic
         if layer.rotary is not None and choices.run:
             same = (tuple(layer.rotary.inv_freq.tolist()), layer.rotary.interleaved)
             frame = frames.setdefault(same, _build_frame(layer, choices.run, choices.trajectory, device))
-        key_bits = coordinate_bits(layer.key.variance, layout.key_planes, dials, preset, "key")
-        value_bits = coordinate_bits(layer.value.variance, layout.value_planes, dials, preset, "value")
+        key_bits = coordinate_bits(layer.key.variance, layout.key_planes, dials, preset, "key", quantizer)
+        value_bits = coordinate_bits(layer.value.variance, layout.value_planes, dials, preset, "value", quantizer)
         out[index] = LayerCodec(
-            _build_side(layer.key, key_bits, choices.key_gain, device),
-            _build_side(layer.value, value_bits, choices.value_gain, device),
+            _build_side(layer.key, key_bits, choices.key_gain, quantizer, device),
+            _build_side(layer.value, value_bits, choices.value_gain, quantizer, device),
             layout,
             frame,
             layer.value_norm.to(device),
@@ -214,26 +204,22 @@ def _build_frame(layer: LayerProfile, run: int, trajectory: bool, device: torch.
     return AnchoredFrame(rotary, run, trajectory, turns.T.contiguous().to(device))
 
 
-def _build_side(side: SideProfile, bits: Tensor, gain: str, device: torch.device) -> SideCodec:
+def _build_side(side: SideProfile, bits: Tensor, gain: str, quantizer: str, device: torch.device) -> SideCodec:
     scale = side.variance.double().clamp_min(1e-20).sqrt()
-    steps = torch.tensor([0.0] + [uniform_codebook(b).step or 0.0 for b in range(1, 9)], dtype=torch.float64)[bits]
-    digits = bits // 2
-    # Planes in coordinate order, digits of a coordinate together; every head has the same number of them.
-    heads, planes = bits.shape[0], int(digits[0].sum())
-    coordinate = torch.arange(bits.shape[1]).expand(heads, -1).flatten().repeat_interleave(digits.flatten()).view(heads, planes)
-    first = (digits.cumsum(-1) - digits).gather(1, coordinate)
-    digit = torch.arange(planes)[None] - first
-    weight = 4.0**digit * (steps * scale).gather(1, coordinate)
-    inverse = torch.linalg.inv(side.basis.double())
-    decode = weight[..., None] * inverse.gather(1, coordinate[..., None].expand(-1, -1, inverse.shape[-1]))
-    return SideCodec(
-        (side.basis.double() / scale[:, None]).float().to(device),
-        decode.float().to(device),
-        side.mean.to(device),
-        scale.float().to(device),
-        steps.float().to(device),
-        (2.0**bits - 1).float().to(device),
-        coordinate.contiguous().to(device),
-        (2 * digit).to(torch.uint8).to(device),
-        gain,
-    )
+    inverse = scale[..., None] * torch.linalg.inv(side.basis.double())
+    decode = build_quantizer(bits, quantizer, torch.device("cpu")).rows(inverse)  # float64, which some devices lack
+    encode = (side.basis.double() / scale[:, None]).float()
+    made = build_quantizer(bits, quantizer, device)
+    return SideCodec(encode.to(device), decode.float().to(device), side.mean.to(device), scale.float().to(device), made, gain)
+
+
+def tensors_of(side: SideCodec) -> list[Tensor]:
+    """Every tensor of one side's constants."""
+    own = [side.encode_matrix, side.decode_matrix, side.mean, side.scale]
+    return own + [value for f in fields(side.quantizer) if isinstance(value := getattr(side.quantizer, f.name), Tensor)]
+
+
+def map_tensors(side: SideCodec, fn: Callable[[Tensor], Tensor]) -> SideCodec:
+    """`side` with `fn` applied to every tensor that has a head dimension in front."""
+    quantizer = replace(side.quantizer, **{f.name: fn(getattr(side.quantizer, f.name)) for f in fields(side.quantizer) if f.name != "levels"})
+    return replace(side, quantizer=quantizer, **{n: fn(getattr(side, n)) for n in ("encode_matrix", "decode_matrix", "mean", "scale")})

@@ -1,5 +1,7 @@
 """Attention on codes == decode everything, then attend."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -56,6 +58,15 @@ def test_attend(engine: SpectralQuantEngine, poison: None, length: int, new: int
     query = torch.randn(2, 2 * kv.shape[1], new, kv.shape[3])
     got = attend(query, kv, scale=0.3)
     assert relative_rms(got, oracle(query, kv, None, 0.3, None, None)) < ATTENTION
+
+
+@pytest.mark.parametrize("length", [145, 401, 900])
+def test_attend_lloyd_max(llama_calibration: Path, length: int) -> None:
+    lloyd = SpectralQuantEngine(quantizer="lloyd-max")
+    lloyd.load_calibration(llama_calibration)
+    kv = filled(lloyd, length, 5)
+    query = torch.randn(2, 2 * kv.shape[1], 5, kv.shape[3])
+    assert relative_rms(attend(query, kv, scale=0.3), oracle(query, kv, None, 0.3, None, None)) < ATTENTION
 
 
 def test_attend_masked_columns(engine: SpectralQuantEngine) -> None:

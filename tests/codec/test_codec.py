@@ -9,6 +9,7 @@ from tolerances import CODE_FLIPS, DISTORTION, FLOAT32, GAIN_ROUNDING
 from spectralquant.codebook import uniform_codebook
 from spectralquant.codec.codec import LayerCodec, SideCodec, build_codec, codec_nbytes
 from spectralquant.codec.layout import MASKED_GAIN, gain_codes, gain_values
+from spectralquant.codec.quantizer import UniformPlanes
 from spectralquant.config import Dials
 from spectralquant.presets import PRESETS
 from spectralquant.profile import Profile
@@ -21,6 +22,11 @@ ROTARY = Rotary(synthetic.inv_freq(32))
 
 def side_codec(profile: Profile, layer: int = 0, preset: str = "high") -> SideCodec:
     return build_codec(profile, PRESETS[preset], NO_DIALS)[layer].key
+
+
+def uniform(side: SideCodec) -> UniformPlanes:
+    assert isinstance(side.quantizer, UniformPlanes)
+    return side.quantizer
 
 
 def z_of(profile: Profile, x: torch.Tensor, layer: int = 0) -> torch.Tensor:
@@ -36,7 +42,7 @@ def test_decode_error_is_the_predicted_distortion(preset: str, gain: str) -> Non
     side, part = side_codec(profile, preset=preset), profile.layers[0].key
     x = synthetic.samples(part, 3000) - part.mean[:, None]
     error = z_of(profile, side.decode(*side.encode(x)) - x).square().sum(-1).mean(-1)[0]
-    bits = (side.top.double() + 1).log2().round().long()
+    bits = (uniform(side).top.double() + 1).log2().round().long()
     table = torch.tensor([1.0] + [uniform_codebook(b).distortion for b in range(1, 9)], dtype=torch.float64)
     variance, kept = part.variance.double(), bits > 0
     coded, dropped = (variance * table[bits] * kept).sum(-1), (variance * ~kept).sum(-1)
@@ -54,8 +60,8 @@ def test_decode_is_linear_in_the_planes_of_the_codes(gain: str) -> None:
     level = torch.zeros((*planes.shape[:-1], 64), dtype=torch.float64)
     for head in range(2):
         for plane in range(planes.shape[-1]):
-            level[:, head, :, side.plane_coordinate[head, plane]] += (planes[:, head, :, plane].long() << int(side.plane_shift[head, plane])).double()
-    z = (level - side.top.double()[:, None] / 2) * side.step.double()[:, None] * part.variance.double().sqrt()[:, None]
+            level[:, head, :, side.quantizer.coordinate[head, plane]] += (planes[:, head, :, plane].long() << int(side.quantizer.shift[head, plane])).double()
+    z = (level - uniform(side).top.double()[:, None] / 2) * uniform(side).step.double()[:, None] * part.variance.double().sqrt()[:, None]
     want = z @ torch.linalg.inv(part.basis.double()) * gain_values(codes).double()[..., None]
     assert (side.decode(planes, codes) - want).norm() < FLOAT32 * want.norm()
 
@@ -87,7 +93,7 @@ def test_encode_unbiased_gain_keeps_the_energy() -> None:
     profile = synthetic.profile(key_gain="unbiased", decay=0.06)
     side, part = side_codec(profile), profile.layers[0].key
     x = synthetic.samples(part, 2000) - part.mean[:, None]
-    kept = (side.step > 0)[:, None]
+    kept = side.quantizer.kept[:, None]
     z, decoded = z_of(profile, x) * kept, z_of(profile, side.decode(*side.encode(x)))
     ratio = (z * decoded).sum(-1) / z.square().sum(-1)
     assert ratio.min() > 1 / GAIN_ROUNDING and ratio.max() < GAIN_ROUNDING
@@ -98,7 +104,7 @@ def test_encode_rms_gain_is_the_rms_of_the_coded_coordinates() -> None:
     profile = synthetic.profile(key_gain="rms", decay=0.06)
     side, part = side_codec(profile), profile.layers[0].key
     x = synthetic.samples(part, 200) - part.mean[:, None]
-    kept = (side.step > 0)[:, None]
+    kept = side.quantizer.kept[:, None]
     unit = z_of(profile, x) / part.variance.double().sqrt()[:, None] * kept
     rms = (unit.square().sum(-1) / kept.sum(-1)).sqrt()
     ratio = gain_values(side.encode(x)[1]) / rms
