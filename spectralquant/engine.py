@@ -27,9 +27,13 @@ from spectralquant.config import CacheConfig, Dials, require_int
 from spectralquant.corpus import make_samples
 from spectralquant.errors import CalibrationError, ConfigError, ShapeError
 from spectralquant.follow_up import install_generate, remove_generate
+from spectralquant.original_format import load_original, original_pair
 from spectralquant.presets import CompressionPreset, resolve_preset
-from spectralquant.profile import Profile, load_profile
+from spectralquant.profile import Profile, load_profile, with_suffix
 from spectralquant.selection import choose
+
+UNNAMED = ""
+"""Key of a calibration that does not say for which model it was made."""
 
 
 class SpectralQuantEngine:
@@ -123,8 +127,16 @@ class SpectralQuantEngine:
         return self._profile(model).save(path)
 
     def load_calibration(self, path: str | os.PathLike[str]) -> Profile:
-        """Read a calibration and keep it beside the others; it is used for the model it was made for."""
-        profile = load_profile(path)
+        """Read a calibration and keep it beside the others; it is used for the model it was made for.
+
+        The original package's pair PATH.pt and PATH_meta.json is read as well, with a warning that says what such a file lacks. It names
+        no model, so it is used for any model without a calibration of its own whose shapes fit.
+
+        Raises:
+            ProfileError: The file is missing, damaged, or of another format version.
+        """
+        old = original_pair(Path(path))
+        profile = load_original(Path(path)) if not with_suffix(path).is_file() and any(p.is_file() for p in old) else load_profile(path)
         self._add(profile)
         return profile
 
@@ -143,7 +155,7 @@ class SpectralQuantEngine:
         return self._profile(model)
 
     def _add(self, profile: Profile) -> None:
-        key = profile.model["weights"]
+        key = profile.model.get("weights", UNNAMED)
         self._profiles[key], self._latest = profile, key
         self._codecs = {k: v for k, v in self._codecs.items() if k[0] != key}
 
@@ -165,13 +177,13 @@ class SpectralQuantEngine:
         if model is None:
             return self._profiles[self._latest]
         known = self._fingerprint(model)
-        profile = self._profiles.get(known["weights"], self._profiles[self._latest])
+        profile = self._profiles.get(known["weights"]) or self._profiles.get(UNNAMED) or self._profiles[self._latest]
         profile.require_model(known)
         return profile
 
     def is_calibrated(self, model: PreTrainedModel) -> bool:
         """Whether this engine holds a calibration of `model`."""
-        return self._fingerprint(model)["weights"] in self._profiles
+        return self._fingerprint(model)["weights"] in self._profiles or UNNAMED in self._profiles
 
     # Caches and attention -------------------------------------------------------------------------------------------
 
@@ -210,7 +222,7 @@ class SpectralQuantEngine:
         """Layer index -> codec at this engine's preset and dials, on the model's device (without a model: the latest calibration's, on the CPU)."""
         profile = self._profile(model)
         device = torch.device("cpu") if model is None else model.device
-        key = (profile.model["weights"], str(device))
+        key = (profile.model.get("weights", UNNAMED), str(device))
         if key not in self._codecs:
             self._codecs[key] = build_codec(profile, self.preset, self.dials, device, self.quantizer)
         return self._codecs[key]

@@ -110,7 +110,9 @@ class Profile:
     certificate: dict[str, Any] = field(default_factory=dict)
 
     def require_model(self, fingerprint: dict[str, Any]) -> None:
-        """Raise ProfileError unless the profile was made for the model with this fingerprint."""
+        """Raise ProfileError unless the profile was made for the model with this fingerprint, or names no model at all (see `original_format`)."""
+        if not self.model:
+            return
         wrong = [k for k in self.model.keys() | fingerprint.keys() if self.model.get(k) != fingerprint.get(k)]
         if wrong:
             detail = "; ".join(f"{k}: file has {self.model.get(k)!r}, model has {fingerprint.get(k)!r}" for k in sorted(wrong))

@@ -1,0 +1,82 @@
+"""Calibration files of the original package, PATH.pt with PATH_meta.json, read into a Profile as far as they go.
+
+They hold eigenvalues and eigenvectors of uncentred keys (after the rotary embedding) and values, and nothing else: no means, no metrics, no
+rotation, no norms by which secondary attention sinks are recognised, no fingerprint of the model. So the codec runs in the plain frame without
+exact mid-text tokens, and whether the file belongs to a model can only be told by its shapes. Read with `weights_only=True`: no code runs.
+"""
+
+import json
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectralquant.errors import ProfileError
+from spectralquant.profile import Choices, LayerProfile, Profile, SideProfile
+
+CHOICES = Choices(query_metric=False, output_metric=False, value_shift=0.0, exact_below=0.0, run=0, trajectory=False)
+SIDES = ("key", "value")
+
+
+def original_pair(path: Path) -> tuple[Path, Path]:
+    """(PATH.pt, PATH_meta.json); a `.pt` suffix of `path` is taken off first."""
+    stem = path.with_suffix("") if path.suffix == ".pt" else path
+    return stem.with_name(stem.name + ".pt"), stem.with_name(stem.name + "_meta.json")
+
+
+def load_original(path: Path) -> Profile:
+    """The profile that an original pair supports, with a warning that says what it lacks.
+
+    Raises:
+        ProfileError: A file is missing or unreadable, or its tensors are not finite, incomplete, or of the wrong shape.
+    """
+    weights, meta = original_pair(path)
+    for part in (weights, meta):
+        if not part.is_file():
+            raise ProfileError(f"{part} does not exist; a calibration of the original package is the pair {weights.name} and {meta.name}")
+    try:
+        tensors = torch.load(weights, map_location="cpu", weights_only=True)
+        rows = json.loads(meta.read_text(encoding="utf-8"))
+        places = {(int(r["layer_idx"]), str(r["head_type"]), int(r["head_idx"])) for r in rows}
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ProfileError(f"{weights} with {meta.name} is no readable calibration of the original package ({error}); calibrate again") from error
+    layers = {layer: _layer(tensors, places, layer, weights) for layer in sorted({p[0] for p in places})}
+    if not layers:
+        raise ProfileError(f"{meta} lists no head; calibrate again")
+    warnings.warn(
+        f"{weights} is a calibration of the original package: it has no means, metrics, rotation or model fingerprint, so quality is far below "
+        "that of a calibration made by this release; calibrate again and save it",
+        stacklevel=3,
+    )
+    tokens = min(int(r.get("n_samples", 0)) for r in rows)
+    return Profile(layers, CHOICES, 0.0, {}, {"tokens": tokens, "corpus": "original package"})
+
+
+def _layer(tensors: Any, places: set[tuple[int, str, int]], layer: int, source: Path) -> LayerProfile:
+    sides = []
+    for side in SIDES:
+        heads = sorted(head for at, kind, head in places if (at, kind) == (layer, side))
+        if not heads or heads != list(range(len(heads))):
+            raise ProfileError(f"{source}: layer {layer} has {side} heads {heads}, expected 0, 1, ... without gaps; calibrate again")
+        tags = [f"L{layer}_H{head}_{side}" for head in heads]
+        values = [_tensor(tensors, f"{tag}_eval", 1, source) for tag in tags]
+        vectors = [_tensor(tensors, f"{tag}_evec", 2, source) for tag in tags]
+        dim = len(values[0])
+        if any(len(v) != dim for v in values) or any(m.shape != (dim, dim) for m in vectors):
+            raise ProfileError(f"{source}: layer {layer} has {side} spectra of different sizes; calibrate again")
+        sides.append(SideProfile(torch.zeros(len(heads), dim), torch.stack(vectors), torch.stack(values).clamp_min(1e-20)))
+    if sides[0].mean.shape != sides[1].mean.shape:
+        raise ProfileError(f"{source}: layer {layer} has different numbers of key and value heads; calibrate again")
+    return LayerProfile(sides[0], sides[1], torch.ones(len(sides[0].mean)), peak=float("inf"))
+
+
+def _tensor(tensors: Any, name: str, dims: int, source: Path) -> Tensor:
+    tensor = tensors.get(name) if isinstance(tensors, dict) else None
+    if not isinstance(tensor, Tensor) or tensor.dim() != dims:
+        raise ProfileError(f"{source} has no {dims}-dimensional tensor {name}; calibrate again")
+    if not tensor.isfinite().all():
+        raise ProfileError(f"{source} holds values that are not finite in {name}; calibrate again")
+    return tensor.float().contiguous()
