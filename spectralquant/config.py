@@ -61,7 +61,7 @@ class CacheConfig:
 
     sinks: int = 4
     window: int = 64
-    max_exact_share: float = 0.02
+    max_exact_share: float = 0.04
     tile_tokens: int = 2048
 
     def __post_init__(self) -> None:

@@ -50,6 +50,7 @@ class LayerProfile:
         value_norm: [H] float32, median of |v|^2 over calibration tokens: the scale against which sinks are recognised.
         peak: Largest |k| or |v| seen: decides which 16-bit dtype holds exact tokens of float32 models.
         rotary: Rotation of the keys, or None for the plain frame.
+        key_error: Median error of the K codes as a multiple of what the spectrum predicts: below 1 where few large keys make the variance.
     """
 
     key: SideProfile
@@ -57,6 +58,7 @@ class LayerProfile:
     value_norm: Tensor
     peak: float
     rotary: Rotary | None = None
+    key_error: float = 1.0
 
     @property
     def heads(self) -> int:
@@ -77,6 +79,8 @@ class Choices:
         key_gain, value_gain: "rms", "ls" or "unbiased" (see `codec.codec`).
         value_shift: Bits per element that V has more than K.
         exact_below: A token stays exact when its |v|^2 is below this share of the layer's median; 0 turns it off.
+        exact_error: A token stays exact when the error of its K code, in the metric of K, is above this multiple of the layer's median; 0
+            turns it off.
         run: Tokens per anchored run of the K frame; 0 is the plain frame.
         trajectory: The mean of K turns with its position in the run (else it is constant in the stored frame).
     """
@@ -86,7 +90,8 @@ class Choices:
     key_gain: str = "ls"
     value_gain: str = "unbiased"
     value_shift: float = 0.25
-    exact_below: float = 0.1
+    exact_below: float = 0.06
+    exact_error: float = 4.0
     run: int = 256
     trajectory: bool = True
 
@@ -131,6 +136,7 @@ class Profile:
             "model": json.dumps(self.model, sort_keys=True),
             "certificate": json.dumps(self.certificate),
             "peak": json.dumps({i: p.peak for i, p in self.layers.items()}),
+            "key_error": json.dumps({i: p.key_error for i, p in self.layers.items()}),
             "interleaved": json.dumps({i: p.rotary.interleaved for i, p in self.layers.items() if p.rotary}),
         }
         header["checksum"] = _checksum(tensors, header)
@@ -212,12 +218,12 @@ def _to_tensors(profile: Profile) -> dict[str, Tensor]:
 
 def _from_tensors(tensors: dict[str, Tensor], header: dict[str, str]) -> Profile:
     interleaved = {int(i): flag for i, flag in json.loads(header["interleaved"]).items()}
-    peak = {int(i): value for i, value in json.loads(header["peak"]).items()}
+    peak, key_error = ({int(i): float(value) for i, value in json.loads(header[name]).items()} for name in ("peak", "key_error"))
     layers: dict[int, LayerProfile] = {}
     for i in sorted({int(name.split(".")[1]) for name in tensors}):
         sides = {n: SideProfile(*(tensors[f"layers.{i}.{n}.{p}"] for p in ("mean", "basis", "variance"))) for n in (KEY, VALUE)}
         rotary = Rotary(tensors[f"layers.{i}.inv_freq"], interleaved[i]) if i in interleaved else None
-        layers[i] = LayerProfile(sides[KEY], sides[VALUE], tensors[f"layers.{i}.value_norm"], peak[i], rotary)
+        layers[i] = LayerProfile(sides[KEY], sides[VALUE], tensors[f"layers.{i}.value_norm"], peak[i], rotary, key_error[i])
         _require_shapes(i, layers[i])
     if not layers:
         raise ProfileError("the calibration file holds no layer; calibrate again")

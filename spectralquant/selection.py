@@ -32,7 +32,8 @@ SCORED_SHARE = 4
 GAIN_NEEDED = 0.95
 """Smaller differences are noise on so few tokens."""
 CHANGES: tuple[dict[str, Any], ...] = (
-    {"exact_below": 0.0},
+    {"exact_below": 0.0, "exact_error": 0.0},
+    {"exact_error": 0.0},
     {"key_gain": "rms"},
     {"value_shift": -0.25},
     {"query_metric": False},
@@ -67,8 +68,8 @@ def choose(
         choices = replace(best, **change)
         if choices == best and rows:
             continue
-        profile = fit_profile(statistics, choices)
         try:
+            profile = _with_typical_errors(fit_profile(statistics, choices), windows, preset, quantizer)
             result = measure(model, windows, profile, preset, config, quantizer)
         except ConfigError:
             if not rows:
@@ -90,7 +91,7 @@ def choose(
         "agreement": winner["agreement"],
         "menu": rows,
     }
-    return fit_profile(statistics, best, certificate)
+    return _with_typical_errors(fit_profile(statistics, best, certificate), windows, preset, quantizer)
 
 
 def _prepare(model: PreTrainedModel, ids: Tensor) -> _Window:
@@ -101,6 +102,21 @@ def _prepare(model: PreTrainedModel, ids: Tensor) -> _Window:
         model.base_model(input_ids=ids[:, :split], use_cache=True, **cache_argument(model, context))
         logits = model(input_ids=ids[:, split:], use_cache=True, **cache_argument(model, deepcopy(context))).logits[0]
     return _Window(context, ids[:, split:], logits.float().log_softmax(-1))
+
+
+def _with_typical_errors(profile: Profile, windows: list[_Window], preset: CompressionPreset, quantizer: str) -> Profile:
+    """`profile` with every layer's median K error, measured on the contexts of the windows, against which unusual keys are recognised."""
+    layers = {}
+    for index, codec in build_codec(profile, preset, Dials(), quantizer=quantizer).items():
+        errors = []
+        for window in windows:
+            layer: Any = window.context.layers[index]
+            keys, values = layer.keys.cpu(), layer.values.cpu()
+            slots, start = torch.arange(keys.shape[2]), torch.zeros(1, dtype=torch.int64)
+            planes, gains, _, _ = codec.encode(keys, values, slots, start)
+            errors.append(codec.key_error(keys, planes, gains, slots, start).flatten())
+        layers[index] = replace(profile.layers[index], key_error=float(torch.cat(errors).median()))
+    return replace(profile, layers=layers)
 
 
 def measure(

@@ -108,8 +108,8 @@ class Segment:
         keys, values = keys.to(self.recent_keys.dtype), values.to(self.recent_keys.dtype)  # the same bits whether they waited in the window or not
         count = keys.shape[-2]
         slots = torch.arange(self.packed, self.packed + count, device=keys.device)
-        exact = self._choose_exact(values, slots)
         planes, gains, value_planes, value_gains = self.codec.encode(keys, values, slots, self.start)
+        exact = self._choose_exact(values, slots, self.codec.key_error(keys, planes, gains, slots, self.start))
         masked = (exact | (slots[None] < self.start[:, None]))[:, None]
         self._reserve_units((self.packed + reserve) // UNIT)
         first, last = self.packed // UNIT, (self.packed + count) // UNIT
@@ -123,19 +123,34 @@ class Segment:
         self._store_exact(exact, slots, keys, values)
         self.packed += count
 
-    def _choose_exact(self, values: Tensor, slots: Tensor) -> Tensor:
-        """[B, T] bool: sinks, and tokens whose value is far smaller than usual (secondary attention sinks), within the bound."""
+    def _choose_exact(self, values: Tensor, slots: Tensor, key_error: Tensor) -> Tensor:
+        """[B, T] bool: sinks, and within the bound the tokens that the code would serve badly. Those are secondary attention sinks, whose value is
+        far smaller than usual, and keys whose code is far off, `key_error` [B, T] in multiples of the expected error."""
         position = slots[None] - self.start[:, None]
         sinks = (position >= 0) & (position < self.config.sinks)
-        if self.codec.exact_below <= 0:
-            return sinks
         size = (values.float().square().sum(-1) / self.codec.value_norm[:, None]).mean(1)
-        small = (size < self.codec.exact_below) & (position >= self.config.sinks)
-        allowed = int(self.config.max_exact_share * (self.packed + len(slots))) - self.secondary
-        rank = size.masked_fill(~small, torch.inf).argsort(-1).argsort(-1)
-        secondary = small & (rank < allowed[:, None])
+        need = torch.zeros_like(size)  # above 1: should stay exact, the higher the more
+        if self.codec.exact_below > 0:
+            need = self.codec.exact_below / size.clamp_min(1e-12)
+        if self.codec.exact_error > 0:
+            need = torch.maximum(need, key_error / self.codec.exact_error)
+        wanted = (need > 1) & (position >= self.config.sinks)
+        secondary = self._within_bound(need.masked_fill(~wanted, 0.0))
         self.secondary = self.secondary + secondary.sum(-1)
         return sinks | secondary
+
+    def _within_bound(self, need: Tensor) -> Tensor:
+        """The entries of `need` [B, T] to keep exact: positive ones, unit by unit the largest first, such that after every unit at most
+        `max_exact_share` of the tokens packed so far are exact. What came in one piece or in many makes no difference."""
+        by_unit = need.unflatten(1, (-1, UNIT))
+        tokens = self.packed + UNIT * torch.arange(1, by_unit.shape[1] + 1, device=need.device, dtype=torch.float64)
+        allowed = (tokens * self.config.max_exact_share).long()
+        wanted = (by_unit > 0).sum(-1).cumsum(1)
+        # used_u = min(used_{u-1} + wanted_u, allowed_u), written out: the tightest of all bounds so far.
+        used = wanted + torch.minimum((allowed - wanted).cummin(1).values, self.secondary[:, None])
+        taken = used.diff(dim=1, prepend=self.secondary[:, None])
+        rank = by_unit.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        return ((by_unit > 0) & (rank < taken[..., None])).flatten(1)
 
     def _store_exact(self, exact: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         used = (self.exact_slots >= 0).sum(-1)

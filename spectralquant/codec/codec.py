@@ -19,9 +19,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from spectralquant.codebook import distortion_table
 from spectralquant.codec.budget import coordinate_bits, plane_counts
 from spectralquant.codec.layout import RecordLayout, gain_codes, gain_values
-from spectralquant.codec.quantizer import EPS, Quantizer, build_quantizer
+from spectralquant.codec.quantizer import EPS, MAX_BITS, Quantizer, build_quantizer
 from spectralquant.config import Dials
 from spectralquant.presets import CompressionPreset
 from spectralquant.profile import LayerProfile, Profile, SideProfile
@@ -37,6 +38,7 @@ class SideCodec:
         decode_matrix: [H, S, D], W; S is the quantizer's number of symbols.
         mean: [H, D].
         scale: [H, D], sd_i.
+        expected_error: [H], E|z - z^|^2 = sum_i sd_i^2 D(b_i).
         quantizer: How unit coordinates become planes.
         gain: Which gain is stored.
     """
@@ -45,6 +47,7 @@ class SideCodec:
     decode_matrix: Tensor
     mean: Tensor
     scale: Tensor
+    expected_error: Tensor
     quantizer: Quantizer
     gain: str
 
@@ -74,6 +77,11 @@ class SideCodec:
         symbols = self.quantizer.symbols(planes, head_axis=1) - self.quantizer.offset
         return (symbols @ self.decode_matrix) * gain_values(codes)[..., None]
 
+    def error(self, centred: Tensor, planes: Tensor, codes: Tensor) -> Tensor:
+        """|z - z^|^2, the error in the metric of the basis, [B, H, T]: centred [B, H, T, D] as given to `encode`, and what it returned."""
+        off = (centred.float() - self.decode(planes, codes)) @ self.encode_matrix * self.scale[:, None]
+        return off.square().sum(-1)
+
 
 @dataclass(frozen=True, slots=True)
 class LayerCodec:
@@ -85,6 +93,7 @@ class LayerCodec:
         frame: The anchored frame, or None for the plain frame.
         value_norm: [H] float32, medians of |v|^2.
         exact_below: See `Choices`.
+        exact_error: Tokens whose K error is above this multiple of the expected one stay exact.
         exact_dtype: 16-bit dtype that holds exact tokens of a float32 model.
     """
 
@@ -94,6 +103,7 @@ class LayerCodec:
     frame: "AnchoredFrame | None"
     value_norm: Tensor
     exact_below: float
+    exact_error: float
     exact_dtype: torch.dtype
 
     @property
@@ -107,12 +117,21 @@ class LayerCodec:
 
     def encode(self, keys: Tensor, values: Tensor, slots: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """K planes, K gain codes, V planes, V gain codes of keys and values [B, H, T, D] in cache slots [T]."""
+        planes, gains = self.key.encode(self._centre_keys(keys, slots, start))
+        value_planes, value_gains = self.value.encode(values.float() - self.value.mean[:, None])
+        return planes, gains, value_planes, value_gains
+
+    def key_error(self, keys: Tensor, planes: Tensor, gains: Tensor, slots: Tensor, start: Tensor) -> Tensor:
+        """Error of the K codes as a multiple of the expected one, mean over heads, [B, T]; arguments as for, and from, `encode`."""
+        error = self.key.error(self._centre_keys(keys, slots, start), planes, gains)
+        return error.mean(1) / self.key.expected_error.mean().clamp_min(EPS)
+
+    def _centre_keys(self, keys: Tensor, slots: Tensor, start: Tensor) -> Tensor:
+        """Keys in the stored frame, mean taken off, float32."""
         x = keys.float()
         if self.frame is not None:
             x = self.frame.rotary.rotate(x, -self.frame.anchors(slots, start)[:, None])
-        planes, gains = self.key.encode(x - self.key_mean(slots))
-        value_planes, value_gains = self.value.encode(values.float() - self.value.mean[:, None])
-        return planes, gains, value_planes, value_gains
+        return x - self.key_mean(slots)
 
     def decode_keys(self, planes: Tensor, gains: Tensor, slots: Tensor, start: Tensor) -> Tensor:
         """Inverse of the K half of `encode`: [B, H, T, D] float32."""
@@ -190,6 +209,7 @@ def build_codec(
             frame,
             layer.value_norm.to(device),
             choices.exact_below,
+            choices.exact_error * layer.key_error,
             torch.float16 if layer.peak < torch.finfo(torch.float16).max / 4 else torch.bfloat16,
         )
     return out
@@ -210,16 +230,18 @@ def _build_side(side: SideProfile, bits: Tensor, gain: str, quantizer: str, devi
     decode = build_quantizer(bits, quantizer, torch.device("cpu")).rows(inverse)  # float64, which some devices lack
     encode = (side.basis.double() / scale[:, None]).float()
     made = build_quantizer(bits, quantizer, device)
-    return SideCodec(encode.to(device), decode.float().to(device), side.mean.to(device), scale.float().to(device), made, gain)
+    distortion = torch.tensor(distortion_table(tuple(range(MAX_BITS + 1)), quantizer), dtype=torch.float64)[bits]
+    expected = (scale.square() * distortion).sum(-1).float()
+    return SideCodec(encode.to(device), decode.float().to(device), side.mean.to(device), scale.float().to(device), expected.to(device), made, gain)
 
 
 def tensors_of(side: SideCodec) -> list[Tensor]:
     """Every tensor of one side's constants."""
-    own = [side.encode_matrix, side.decode_matrix, side.mean, side.scale]
+    own = [side.encode_matrix, side.decode_matrix, side.mean, side.scale, side.expected_error]
     return own + [value for f in fields(side.quantizer) if isinstance(value := getattr(side.quantizer, f.name), Tensor)]
 
 
 def map_tensors(side: SideCodec, fn: Callable[[Tensor], Tensor]) -> SideCodec:
     """`side` with `fn` applied to every tensor that has a head dimension in front."""
     quantizer = replace(side.quantizer, **{f.name: fn(getattr(side.quantizer, f.name)) for f in fields(side.quantizer) if f.name != "levels"})
-    return replace(side, quantizer=quantizer, **{n: fn(getattr(side, n)) for n in ("encode_matrix", "decode_matrix", "mean", "scale")})
+    return replace(side, quantizer=quantizer, **{n: fn(getattr(side, n)) for n in ("encode_matrix", "decode_matrix", "mean", "scale", "expected_error")})

@@ -67,6 +67,41 @@ def test_update_keeps_secondary_sinks_exact_within_the_bound(codec: LayerCodec) 
     assert (used <= CONFIG.sinks + CONFIG.max_exact_share * segment.packed).all()
 
 
+def test_update_keeps_badly_coded_keys_exact(codec: LayerCodec) -> None:
+    """Keys far off the calibrated spectrum, and no others, though nothing is odd about their values."""
+    slots = torch.arange(512)
+    clean = codec.decode_keys(
+        torch.randint(0, 4, (1, codec.key.mean.shape[0], 512, codec.layout.key_planes), dtype=torch.uint8),
+        torch.full((1, codec.key.mean.shape[0], 512), 120, dtype=torch.uint8), slots, torch.zeros(1, dtype=torch.int64),
+    )  # fmt: skip
+    keys, values = clean.clone(), torch.randn_like(clean)
+    odd = [150, 151, 300]
+    keys[:, :, odd] *= 8
+    segment = segment_of(codec, keys)
+    segment.update(keys, values)
+    found = segment.exact_slots[0].tolist()
+    assert set(odd) <= set(found) and len([s for s in found if s >= CONFIG.sinks]) == len(odd)
+    got, _ = content(segment)
+    torch.testing.assert_close(got[:, :, odd], keys[:, :, odd], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.04])
+@pytest.mark.parametrize("wanted", [0.005, 0.03, 0.5])
+def test_within_bound_takes_the_neediest_of_every_unit(codec: LayerCodec, share: float, wanted: float) -> None:
+    """Against the rule applied unit by unit in plain Python."""
+    segment = Segment(codec, CacheConfig(max_exact_share=share), random_kv(codec, 1)[0], torch.zeros(2, dtype=torch.int64))
+    need = torch.rand(2, 12 * UNIT) * (torch.rand(2, 12 * UNIT) < wanted)
+    got = segment._within_bound(need)
+    for row in range(2):
+        used = 0
+        for unit in range(12):
+            mine = need[row, unit * UNIT : (unit + 1) * UNIT]
+            count = min(int((mine > 0).sum()), int(share * UNIT * (unit + 1)) - used)
+            used += count
+            want = set(mine.argsort(descending=True)[:count].tolist())
+            assert set(got[row, unit * UNIT : (unit + 1) * UNIT].nonzero()[:, 0].tolist()) == want
+
+
 def test_update_rejects_other_heads(codec: LayerCodec) -> None:
     with pytest.raises(ShapeError, match="calibrate this model"):
         segment_of(codec, torch.randn(1, 7, 3, codec.head_dim))
