@@ -11,7 +11,7 @@ from spectralquant.version import __version__
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status. Errors of this package are one line on stderr, not a traceback."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     try:
         return args.run(args)
     except SpectralQuantError as error:
@@ -19,7 +19,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
     parser = argparse.ArgumentParser(prog="spectralquant", description="KV-cache compression for transformer models.")
     parser.add_argument("--version", action="version", version=f"spectralquant {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
