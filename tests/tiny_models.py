@@ -4,7 +4,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 COMMON: dict[str, Any] = {
     "vocab_size": 199,
@@ -18,7 +18,7 @@ COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-CONFIGS: dict[str, PreTrainedConfig] = {
+CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**COMMON, head_dim=32),
     "qwen2": Qwen2Config(**{**COMMON, "num_attention_heads": 2, "num_key_value_heads": 1}),  # no head_dim: hidden / heads
     "qwen3": Qwen3Config(**COMMON, head_dim=32),

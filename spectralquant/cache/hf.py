@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from spectralquant.cache.segment import Segment
@@ -110,7 +110,7 @@ class SpectralCache(DynamicCache):
         UnsupportedModelError: A calibrated layer is not a plain growing layer in this model.
     """
 
-    def __init__(self, model_config: PreTrainedConfig, codecs: dict[int, LayerCodec], config: CacheConfig | None = None) -> None:
+    def __init__(self, model_config: PretrainedConfig, codecs: dict[int, LayerCodec], config: CacheConfig | None = None) -> None:
         layers = dense_layers(model_config)
         for index in codecs:
             if index >= len(layers) or type(layers[index]) is not DynamicLayer:
@@ -180,7 +180,7 @@ def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
     return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
-def dense_layers(model_config: PreTrainedConfig) -> list[Any]:
+def dense_layers(model_config: PretrainedConfig) -> list[Any]:
     """transformers' own cache layers for this model, one per model layer; plain attention is `DynamicLayer`."""
     text = model_config.get_text_config(decoder=True)
     layers = list(DynamicCache(config=text).layers)
