@@ -19,9 +19,9 @@ from spectralquant.errors import CalibrationError, ConfigError
 SAMPLE_TOKENS = 1024
 """Length of one calibration sample: several texts long. Keys are taken before the rotary embedding, so longer ones teach little more."""
 DEFAULT_TOKENS = 52_000
-HELD_OUT_TOKENS = 768
+HELD_OUT_TOKENS = 512
 """Length of one held-out window: context plus scored tokens."""
-HELD_OUT_WINDOWS = 3
+HELD_OUT_WINDOWS = 6
 
 
 @cache
@@ -54,25 +54,39 @@ class Samples:
 def make_samples(tokenizer: Any, texts: "list[str] | None", n_samples: int | None = None, max_tokens: int = DEFAULT_TOKENS, seed: int = 0) -> Samples:
     """Cut texts into samples: every text gives about the same number of tokens, in an order shuffled by `seed`.
 
-    What a text has beyond its share is where held-out windows come from; without such a rest, the last tokens are held out.
+    Held-out windows are the ends of texts of many kinds; without a text long enough, the last tokens of all are held out.
 
     Raises:
         ConfigError: `texts` is a string, empty, or holds something that is no string.
         CalibrationError: There are too few tokens to hold any window out.
     """
     texts = get_default_calibration_texts(n_samples) if texts is None else check_texts(texts, n_samples)
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    streams = [tokenizer(texts[i] + "\n\n", add_special_tokens=False)["input_ids"] for i in order]
+    streams = [tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"] for text in texts]
+    held_out = _hold_out(streams)
+    order = torch.randperm(len(streams), generator=torch.Generator().manual_seed(seed)).tolist()
     share = _level([len(s) for s in streams], max_tokens)
-    used = [token for s in streams for token in s[:share]]
-    rest = [token for s in streams for token in s[share:]]
-    if len(rest) < HELD_OUT_TOKENS:
-        spare = min(HELD_OUT_TOKENS * HELD_OUT_WINDOWS, len(used) // 8)
-        used, rest = used[: len(used) - spare], [*rest, *used[len(used) - spare :]]
-    if len(rest) < 32:
-        total = len(used) + len(rest)
+    used = [token for i in order for token in streams[i][:share]]
+    if not held_out:
+        spare = min(HELD_OUT_TOKENS, len(used) // 8)
+        used, held_out = used[: len(used) - spare], [used[len(used) - spare :]]
+    if len(held_out[0]) < 32:
+        total = sum(len(s) for s in streams)
         raise CalibrationError(f"the calibration text has {total} tokens, which is too short: at least 256 are needed, {DEFAULT_TOKENS} are recommended")
-    return Samples(_cut(used, SAMPLE_TOKENS), _spread(rest, HELD_OUT_TOKENS, HELD_OUT_WINDOWS))
+    return Samples(_cut(used, SAMPLE_TOKENS), [torch.tensor([window]) for window in held_out])
+
+
+def _hold_out(streams: list[list[int]]) -> list[list[int]]:
+    """Take the last HELD_OUT_TOKENS off some texts (in place): texts at least twice as long, spread evenly over their order, so over all kinds.
+
+    A long text gives several windows when there are few texts. Empty when no text is long enough.
+    """
+    places = [i for i, s in enumerate(streams) for _ in range(min(len(s) // (2 * HELD_OUT_TOKENS), HELD_OUT_WINDOWS))]
+    chosen = sorted(places[(2 * k + 1) * len(places) // (2 * HELD_OUT_WINDOWS)] for k in range(HELD_OUT_WINDOWS)) if places else []
+    windows = []
+    for i in chosen[: len(places)]:
+        windows.append(streams[i][-HELD_OUT_TOKENS:])
+        streams[i] = streams[i][:-HELD_OUT_TOKENS]
+    return windows
 
 
 def check_texts(texts: object, n_samples: int | None) -> list[str]:
@@ -104,11 +118,3 @@ def _level(lengths: list[int], budget: int) -> int:
 def _cut(tokens: list[int], size: int) -> list[Tensor]:
     pieces = [tokens[i : i + size] for i in range(0, len(tokens), size)]
     return [torch.tensor([p]) for p in pieces if len(p) >= 16]
-
-
-def _spread(tokens: list[int], size: int, count: int) -> list[Tensor]:
-    """Up to `count` windows of `size` tokens, spread evenly over `tokens`."""
-    size = min(size, len(tokens))
-    count = min(count, len(tokens) // size)
-    gap = (len(tokens) - size) // max(count - 1, 1)
-    return [torch.tensor([tokens[i * gap : i * gap + size]]) for i in range(count)]
