@@ -10,6 +10,8 @@ import argparse
 import json
 import os
 import platform
+import re
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -88,7 +90,7 @@ def main():
             print(json.dumps(line), flush=True)
     document = {
         "model": label,
-        "command": "python benchmarks/memory.py",
+        "command": " ".join(["python benchmarks/memory.py", *(re.sub("^/.*/", "", a) for a in sys.argv[1:])]),
         "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "versions": {n: version(n) for n in ("torch", "transformers")},
