@@ -110,7 +110,7 @@ def main():
         engine.load_calibration(path)
     result = {
         "model": label,
-        "command": " ".join(["python benchmarks/quality.py", *(re.sub("=/.*/", "=", a) for a in sys.argv[1:])]),
+        "command": " ".join(["python benchmarks/quality.py", *(re.sub("(^|=)/.*/", r"\1", a) for a in sys.argv[1:])]),
         "python": platform.python_version(),
         "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
