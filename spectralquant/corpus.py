@@ -81,9 +81,9 @@ def _hold_out(streams: list[list[int]]) -> list[list[int]]:
     A long text gives several windows when there are few texts. Empty when no text is long enough.
     """
     places = [i for i, s in enumerate(streams) for _ in range(min(len(s) // (2 * HELD_OUT_TOKENS), HELD_OUT_WINDOWS))]
-    chosen = sorted(places[(2 * k + 1) * len(places) // (2 * HELD_OUT_WINDOWS)] for k in range(HELD_OUT_WINDOWS)) if places else []
+    count = min(HELD_OUT_WINDOWS, len(places))
     windows = []
-    for i in chosen[: len(places)]:
+    for i in (places[(2 * k + 1) * len(places) // (2 * count)] for k in range(count)):
         windows.append(streams[i][-HELD_OUT_TOKENS:])
         streams[i] = streams[i][:-HELD_OUT_TOKENS]
     return windows

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spectralquant.codebook import lloyd_max_codebook, uniform_codebook
+from spectralquant.presets import BIT_WIDTHS
 
 EPS = 1e-9
 MAX_BITS = 8
@@ -112,7 +113,7 @@ class LloydMaxBits:
 
 
 Quantizer = UniformPlanes | LloydMaxBits
-QUANTIZERS = {"uniform": (0, 2, 4, 6, 8), "lloyd-max": tuple(range(MAX_BITS + 1))}
+QUANTIZERS = {"uniform": BIT_WIDTHS, "lloyd-max": tuple(range(MAX_BITS + 1))}
 """Name -> the widths that it can store."""
 
 
