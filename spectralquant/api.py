@@ -20,7 +20,7 @@ class SpectralQuant:
         head_dim: Expected head size; None accepts the model's.
         avg_bits, noise_bits, value_noise_bits, d_eff_variance: Dials that replace the preset's allocation (see `config.Dials`).
         use_qjl: Must be False.
-        quantizer: "uniform", or "lloyd-max" (less distortion, no fused kernel).
+        quantizer: "joint", "uniform" or "lloyd-max" (see `SpectralQuantEngine`).
 
     Example:
         >>> sq = SpectralQuant(compression="high")
@@ -39,7 +39,7 @@ class SpectralQuant:
         value_noise_bits: int | None = None,
         d_eff_variance: float | None = None,
         use_qjl: bool = False,
-        quantizer: str = "uniform",
+        quantizer: str = "joint",
     ) -> None:
         self._engine = SpectralQuantEngine(
             head_dim,

@@ -18,7 +18,7 @@ from spectralquant.errors import CalibrationError, ConfigError
 
 SAMPLE_TOKENS = 1024
 """Length of one calibration sample: several texts long. Keys are taken before the rotary embedding, so longer ones teach little more."""
-DEFAULT_TOKENS = 52_000
+DEFAULT_TOKENS = 44_000
 HELD_OUT_TOKENS = 512
 """Length of one held-out window: context plus scored tokens."""
 HELD_OUT_WINDOWS = 6

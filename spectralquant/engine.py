@@ -48,7 +48,8 @@ class SpectralQuantEngine:
         device: Where models are expected; None takes each model as it is.
         compression: Preset whose size promise is kept when no dial is set.
         cache_config: What caches keep exact.
-        quantizer: "uniform" (the kernels' format) or "lloyd-max" (less distortion, read by the PyTorch reference only).
+        quantizer: "joint" (V in jointly quantized blocks, the least error), "uniform" (scalar, encodes faster) or "lloyd-max" (scalar, read by the
+            PyTorch reference only); see `codec.quantizer`.
 
     Raises:
         ConfigError: An argument is out of its range.
@@ -67,7 +68,7 @@ class SpectralQuantEngine:
         *,
         compression: str | CompressionPreset = "high",
         cache_config: CacheConfig | None = None,
-        quantizer: str = "uniform",
+        quantizer: str = "joint",
     ) -> None:
         if use_qjl:
             raise ConfigError("use_qjl=True: a QJL stage is not offered, it costs bits and raises the error; leave it False")
@@ -224,7 +225,8 @@ class SpectralQuantEngine:
         device = torch.device("cpu") if model is None else model.device
         key = (profile.model.get("weights", UNNAMED), str(device))
         if key not in self._codecs:
-            self._codecs[key] = build_codec(profile, self.preset, self.dials, device, self.quantizer)
+            with tqdm(total=1.0, desc="training codebooks", bar_format="{l_bar}{bar}| {elapsed}", delay=1.0, leave=False) as bar:
+                self._codecs[key] = build_codec(profile, self.preset, self.dials, device, self.quantizer, _advance_to(bar))
         return self._codecs[key]
 
     # Generation -----------------------------------------------------------------------------------------------------
@@ -356,6 +358,13 @@ class SpectralQuantEngine:
 def _advance(bar: Any) -> Callable[[int], None]:
     def advance(tokens: int) -> None:
         bar.update(tokens)
+
+    return advance
+
+
+def _advance_to(bar: Any) -> Callable[[float], None]:
+    def advance(share: float) -> None:
+        bar.update(share - bar.n)
 
     return advance
 

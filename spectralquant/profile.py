@@ -1,7 +1,9 @@
 """Profile: everything calibration hands to the codec, frozen, in one `.safetensors` file.
 
 A profile holds transforms and spectra, not bit widths: one calibration serves every preset, and the widths follow from
-the spectra by `allocation.water_fill`. Loading runs no code (safetensors and JSON only) and checks, in this order, that the file can be
+the spectra by `allocation.water_fill`. Codebooks that were trained for a plane count are kept with it.
+
+Loading runs no code (safetensors and JSON only) and checks, in this order, that the file can be
 read, its format version, the checksum over tensors and header, that every number is finite, and every shape. Whether it belongs to
 a model is checked by `Profile.require_model`.
 """
@@ -106,6 +108,8 @@ class Profile:
         exact_share: Share of mid-text tokens that `choices.exact_below` kept exact in calibration, mean over layers.
         model: Fingerprint of the model, a flat dictionary (see `calibration.hf.fingerprint`).
         certificate: What calibration measured: tokens, seconds, the menu's table, KL and agreement of the winner.
+        codebooks: Planes of V -> layer index -> joint codebooks [H, B, P / B, D / B] (see `codec.joint`) trained so far. They follow from the spectra, so
+            one that is missing is trained when a codec needs it.
     """
 
     layers: dict[int, LayerProfile]
@@ -113,6 +117,7 @@ class Profile:
     exact_share: float
     model: dict[str, Any]
     certificate: dict[str, Any] = field(default_factory=dict)
+    codebooks: dict[int, dict[int, Tensor]] = field(default_factory=dict)
 
     def require_model(self, fingerprint: dict[str, Any]) -> None:
         """Raise ProfileError unless the profile was made for the model with this fingerprint, or names no model at all (see `original_format`)."""
@@ -213,6 +218,8 @@ def _to_tensors(profile: Profile) -> dict[str, Tensor]:
         out[f"layers.{i}.value_norm"] = layer.value_norm.contiguous().cpu().clone()
         if layer.rotary is not None:
             out[f"layers.{i}.inv_freq"] = layer.rotary.inv_freq.contiguous().cpu().clone()
+    for planes, books in profile.codebooks.items():
+        out.update({f"layers.{i}.codebook.{planes}": book.contiguous().cpu().clone() for i, book in books.items()})
     return out
 
 
@@ -225,6 +232,16 @@ def _from_tensors(tensors: dict[str, Tensor], header: dict[str, str]) -> Profile
         rotary = Rotary(tensors[f"layers.{i}.inv_freq"], interleaved[i]) if i in interleaved else None
         layers[i] = LayerProfile(sides[KEY], sides[VALUE], tensors[f"layers.{i}.value_norm"], peak[i], rotary, key_error[i])
         _require_shapes(i, layers[i])
+    codebooks: dict[int, dict[int, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match name.split("."):
+            case ["layers", i, "codebook", planes]:
+                _require_codebook(name, tensor, layers[int(i)], int(planes))
+                codebooks.setdefault(int(planes), {})[int(i)] = tensor
+            case _:
+                pass
+    if any(books.keys() != layers.keys() for books in codebooks.values()):
+        raise ProfileError("the calibration file has codebooks for some layers only; calibrate again")
     if not layers:
         raise ProfileError("the calibration file holds no layer; calibrate again")
     return Profile(
@@ -233,7 +250,13 @@ def _from_tensors(tensors: dict[str, Tensor], header: dict[str, str]) -> Profile
         float(header["exact_share"]),
         json.loads(header["model"]),
         json.loads(header["certificate"]),
+        codebooks,
     )
+
+
+def _require_codebook(name: str, book: Tensor, layer: LayerProfile, planes: int) -> None:
+    if book.dim() != 4 or book.shape[0] != layer.heads or book.shape[1] * book.shape[2] != planes or book.shape[1] * book.shape[3] != layer.head_dim:
+        raise ProfileError(f"{name} has shape {tuple(book.shape)}, expected [{layer.heads}, B, {planes} / B, {layer.head_dim} / B] for some B; calibrate again")
 
 
 def _require_shapes(index: int, layer: LayerProfile) -> None:

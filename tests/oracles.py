@@ -65,3 +65,10 @@ def rotated(x: Tensor, inv_freq: Tensor, position: float, interleaved: bool) -> 
 def weighted_error(error: Tensor, metric: Tensor) -> Tensor:
     """e S e^T of errors [n, D] under a metric [D, D]."""
     return torch.einsum("nd,de,ne->n", error.double(), metric.double(), error.double())
+
+
+def nearest_point_error(x: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
+    """min over all 4^P symbol vectors of |x - s W|^2: x [G, N, d], book [G, P, d] -> [G, N]."""
+    values = [-1.5, -0.5, 0.5, 1.5]
+    points = torch.tensor(list(itertools.product(values, repeat=book.shape[1]))) @ book  # [G, 4^P, d]
+    return torch.cdist(x, points).square().amin(-1)

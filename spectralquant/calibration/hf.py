@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from spectralquant.calibration.statistics import LayerStatistics
+from spectralquant.calibration.statistics import LayerStatistics, felt_errors
 from spectralquant.errors import CalibrationError, UnsupportedModelError
 from spectralquant.rope import Rotary
 
 SKIP = 8
 """First positions of each sample left out of the statistics: attention sinks, which stay exact anyway."""
+QUERIES = 64
+"""Queries of each sample whose attention is looked at, spread over its last three quarters."""
 TOKENS_PER_DIMENSION = 4
 """Least number of tokens per head dimension for which a covariance means anything."""
 OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
@@ -89,21 +91,22 @@ class _Recorder:
         if isinstance(embeddings, tuple) and len(embeddings) == 2:
             self.embeddings[int(module.layer_idx)] = embeddings  # pyright: ignore[reportArgumentType]
 
-    def attention(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def attention(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> None:
         index = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
         if index not in self.coded:
             return
         stats = self.statistics.layers.setdefault(index, LayerStatistics())
         if index not in self.known:
             self._first_sight(index, module, query, key)
-        positions = torch.arange(key.shape[2], device=key.device)
+        key, value = key[0].float(), value[0].float()
+        positions = torch.arange(key.shape[1], device=key.device)
+        asked = torch.linspace(key.shape[1] // 4, key.shape[1] - 1, min(QUERIES, key.shape[1] // 2 + 1), device=key.device).long()
+        query = query[0][:, asked].float().unflatten(0, (key.shape[0], -1))  # [H, G, n, D]
+        weight = felt_errors(query * scale, key, value, asked, self.statistics.output_metric.get(index), softcap, SKIP)
         rotary = self.statistics.rotary.get(index)
-        query, key = query[0].float(), key[0].float()
         if rotary is not None:
-            query, key = rotary.rotate(query, -positions), rotary.rotate(key, -positions)
-        heads = key.shape[0]
-        pooled = query[:, SKIP:].reshape(heads, -1, query.shape[-1])
-        stats.add(key[:, SKIP:], pooled, value[0][:, SKIP:])
+            query, key = rotary.rotate(query, -asked), rotary.rotate(key, -positions)
+        stats.add(key[:, SKIP:], query.flatten(1, 2), value[:, SKIP:], weight.flatten(1))
 
     def _first_sight(self, index: int, module: nn.Module, query: Tensor, key: Tensor) -> None:
         self.known.add(index)
@@ -209,7 +212,8 @@ def _fast_products() -> Iterator[None]:
 @contextmanager
 def _recording(model: PreTrainedModel, recorder: _Recorder) -> Iterator[None]:
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-        recorder.attention(module, query, key, value)
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        recorder.attention(module, query, key, value, float(scale), kwargs.get("softcap"))
         return dense(module, query, key, value, attention_mask, **kwargs)
 
     before, training = str(model.config._attn_implementation), model.training

@@ -15,8 +15,9 @@ SHRINKAGE = 1e-6
 
 
 def metric_root(metric: Tensor) -> Tensor:
-    """S^1/2 of symmetric metrics [H, D, D], with the floor applied."""
+    """S^1/2 of symmetric metrics [H, D, D], with the floor applied. A metric of zeros, where no error was felt at all, becomes the identity."""
     values, vectors = torch.linalg.eigh((metric + metric.mT) / 2)
+    values = torch.where(values[..., -1:] > 0, values, 1.0)
     values = values.clamp_min(METRIC_FLOOR * values[..., -1:].clamp_min(1e-12))
     return (vectors * values.sqrt()[..., None, :]) @ vectors.mT
 

@@ -2,11 +2,24 @@
 
 Products of one batch are float32, sums over batches float64. Keys and queries are taken before the rotary embedding, so that every frame
 of the codec follows from the same sums (`rope.Rotary.average_rotated`).
+
+Queries are weighted by how much an error of the keys they look at is felt. With attention p over tokens t, output o = sum_t p_t v_t, and an
+error e_t on key t, the output moves to first order by sum_t p_t (q . e_t) (v_t - o), so for independent errors the expected squared move is
+
+    sum_t p_t^2 |v_t - o|^2  e_t (q^T q) e_t^T
+
+and the metric of the keys is the mean of q^T q with weights sum_t p_t^2 |v_t - o|^2 over the tokens that will be coded. A query that looks at the
+attention sink and nothing else, as most do, counts for nothing, however long it is.
 """
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+NEAR = 64
+"""Tokens before a query that are in the exact window."""
+_TINY = 1e-30
 
 MAX_NORMS = 65_536
 """Tokens per layer whose value norms are kept, for the median; later ones no longer change it noticeably."""
@@ -14,30 +27,57 @@ MAX_NORMS = 65_536
 
 @dataclass(slots=True)
 class Moments:
-    """Count, sum [H, D] and second moment [H, D, D] of vectors, in float64 on the CPU."""
+    """Mass [H], sum [H, D] and second moment [H, D, D] of weighted vectors, in float64 on the CPU."""
 
-    count: int = 0
+    mass: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
     total: Tensor | None = None
     square: Tensor | None = None
 
-    def add(self, x: Tensor) -> None:
-        """x: [H, n, D]."""
+    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """x: [H, n, D]; weight: [H, n], non-negative (None: 1)."""
         x = x.float()
-        total, square = x.sum(1).double().cpu(), (x.mT @ x).double().cpu()
-        self.total = total if self.total is None else self.total + total
-        self.square = square if self.square is None else self.square + square
-        self.count += x.shape[1]
+        weighted = x if weight is None else x * weight.float()[..., None]
+        mass = torch.full((len(x),), float(x.shape[1])) if weight is None else weight.float().sum(1)
+        sums = [t.double().cpu() for t in (mass, weighted.sum(1), weighted.mT @ x)]
+        if self.total is not None and self.square is not None:
+            sums = [a + b for a, b in zip((self.mass, self.total, self.square), sums, strict=True)]
+        self.mass, self.total, self.square = sums
 
     @property
     def mean(self) -> Tensor:
         assert self.total is not None
-        return self.total / self.count
+        return self.total / self.mass.clamp_min(_TINY)[:, None]
 
     @property
     def second(self) -> Tensor:
         """E[x^T x], uncentred."""
         assert self.square is not None
-        return self.square / self.count
+        return self.square / self.mass.clamp_min(_TINY)[:, None, None]
+
+
+def felt_errors(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, metric: Tensor | None, softcap: float | None, skip: int) -> Tensor:
+    """Weights of queries, see above: [H, G, n].
+
+    Args:
+        queries: [H, G, n, D] float32, scaled, at `positions` [n] of the text.
+        keys, values: [H, T, D] float32 of the whole text.
+        metric: [H, D, D], the metric of the output, or None for the identity.
+        softcap: Of the logits.
+        skip: First positions that stay exact. The nearest `NEAR` tokens stay exact too, or a quarter of a short text.
+    """
+    scores = queries.flatten(1, 2) @ keys.mT
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    slots = torch.arange(keys.shape[1], device=keys.device)
+    hidden = (slots > positions[:, None]).repeat(queries.shape[1], 1)
+    weight = scores.masked_fill(hidden, -torch.inf).softmax(-1)  # [H, G * n, T]
+    output = weight @ values
+    mapped = values if metric is None else values @ metric.to(values)
+    mapped_output = output if metric is None else output @ metric.to(values)
+    distance = (mapped * values).sum(-1)[:, None] - 2 * output @ mapped.mT + (mapped_output * output).sum(-1, keepdim=True)
+    near = min(NEAR, keys.shape[1] // 4)
+    coded = (slots >= skip) & (slots < (positions[:, None] - near).repeat(queries.shape[1], 1))
+    return (weight.square() * distance.clamp_min(0) * coded).sum(-1).unflatten(1, queries.shape[1:3])
 
 
 @dataclass(slots=True)
@@ -45,7 +85,7 @@ class LayerStatistics:
     """What one attention layer showed.
 
     Attributes:
-        keys, queries, values: Moments per KV head; queries of a group are pooled in the KV head they read.
+        keys, queries, values: Moments per KV head; queries of a group are pooled in the KV head they read, and weighted by `felt_errors`.
         peak: Largest |k| or |v| seen.
         value_norms: |v|^2, [H, n] per batch, at most MAX_NORMS tokens in all.
     """
@@ -56,10 +96,10 @@ class LayerStatistics:
     peak: float = 0.0
     value_norms: list[Tensor] = field(default_factory=list)
 
-    def add(self, keys: Tensor, queries: Tensor, values: Tensor) -> None:
-        """keys, values [H, n, D], queries [H, G * n, D]."""
+    def add(self, keys: Tensor, queries: Tensor, values: Tensor, weight: Tensor | None = None) -> None:
+        """keys, values [H, n, D], queries [H, m, D] with weights [H, m] (None: all alike)."""
         self.keys.add(keys)
-        self.queries.add(queries)
+        self.queries.add(queries, weight)
         self.values.add(values)
         self.peak = max(self.peak, float(keys.abs().max()), float(values.abs().max()))
         if sum(n.shape[1] for n in self.value_norms) < MAX_NORMS:

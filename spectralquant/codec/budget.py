@@ -5,7 +5,7 @@ from torch import Tensor
 
 from spectralquant.allocation import water_fill
 from spectralquant.codec.layout import CHUNK_PLANES
-from spectralquant.codec.quantizer import QUANTIZERS
+from spectralquant.codec.quantizer import SCALAR_WIDTHS
 from spectralquant.config import Dials
 from spectralquant.errors import ConfigError, ShapeError
 from spectralquant.presets import BIT_WIDTHS, CompressionPreset
@@ -48,7 +48,7 @@ def require_head_dim(dim: int) -> None:
 
 def coordinate_bits(variance: Tensor, planes: int, dials: Dials, preset: CompressionPreset, side: str, quantizer: str = "uniform") -> Tensor:
     """Widths [H, D] (int64, each row sums to 2 * planes) for spectra `variance` [H, D], descending, of `side` "key" or "value"."""
-    widths = QUANTIZERS[quantizer]
+    widths = SCALAR_WIDTHS[quantizer]
     if not dials.any_set:
         return water_fill(variance, 2 * planes, widths, quantizer)
     heads, dim = variance.shape

@@ -4,7 +4,8 @@
     x^ = mean + gain * sum_p (c_p - 1.5) W_p,   W_p = 4^digit(p) step_i sd_i (A^-1)_i,   i = coordinate of plane p
 
 `c_p` is the p-th plane, a base-4 digit of the code: because a uniform mid-rise level is linear in its code, decoding is one product with a
-constant matrix W [P, D], and attention can work on the planes themselves. The stored gain is refit after quantization:
+constant matrix W [P, D], and attention can work on the planes themselves. W may also be any other matrix whose codes are found by a search (see
+`codec.joint`), or have one row per coordinate and levels from a table (`codec.quantizer`). The stored gain is refit after quantization:
 
 - "rms": g itself;  "ls": <z, q> / <q, q>, the least squares fit;  "unbiased": <z, z> / <z, q>, which makes <z, z^> = <z, z>: a
   mean-square quantizer returns shrunken values, and attention averages noise away but not shrinkage.
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from spectralquant.codebook import distortion_table
 from spectralquant.codec.budget import coordinate_bits, plane_counts
+from spectralquant.codec.joint import JointPlanes, block_index, fit_codebooks
 from spectralquant.codec.layout import RecordLayout, gain_codes, gain_values
-from spectralquant.codec.quantizer import EPS, MAX_BITS, Quantizer, build_quantizer
+from spectralquant.codec.quantizer import EPS, MAX_BITS, Quantizer, build_quantizer, scalar_of
 from spectralquant.config import Dials
 from spectralquant.presets import CompressionPreset
 from spectralquant.profile import LayerProfile, Profile, SideProfile
@@ -38,7 +40,6 @@ class SideCodec:
         decode_matrix: [H, S, D], W; S is the quantizer's number of symbols.
         mean: [H, D].
         scale: [H, D], sd_i.
-        expected_error: [H], E|z - z^|^2 = sum_i sd_i^2 D(b_i).
         quantizer: How unit coordinates become planes.
         gain: Which gain is stored.
     """
@@ -47,7 +48,6 @@ class SideCodec:
     decode_matrix: Tensor
     mean: Tensor
     scale: Tensor
-    expected_error: Tensor
     quantizer: Quantizer
     gain: str
 
@@ -89,6 +89,7 @@ class LayerCodec:
 
     Attributes:
         key, value: The two codecs.
+        key_expected: Mean over heads of E|z - z^|^2 = sum_i sd_i^2 D(b_i) of K.
         layout: Record layout, the same in every layer.
         frame: The anchored frame, or None for the plain frame.
         value_norm: [H] float32, medians of |v|^2.
@@ -99,6 +100,7 @@ class LayerCodec:
 
     key: SideCodec
     value: SideCodec
+    key_expected: float
     layout: RecordLayout
     frame: "AnchoredFrame | None"
     value_norm: Tensor
@@ -124,7 +126,7 @@ class LayerCodec:
     def key_error(self, keys: Tensor, planes: Tensor, gains: Tensor, slots: Tensor, start: Tensor) -> Tensor:
         """Error of the K codes as a multiple of the expected one, mean over heads, [B, T]; arguments as for, and from, `encode`."""
         error = self.key.error(self._centre_keys(keys, slots, start), planes, gains)
-        return error.mean(1) / self.key.expected_error.mean().clamp_min(EPS)
+        return error.mean(1) / max(self.key_expected, EPS)
 
     def _centre_keys(self, keys: Tensor, slots: Tensor, start: Tensor) -> Tensor:
         """Keys in the stored frame, mean taken off, float32."""
@@ -189,22 +191,40 @@ def codec_nbytes(codecs: Iterable[LayerCodec]) -> int:
 
 
 def build_codec(
-    profile: Profile, preset: CompressionPreset, dials: Dials, device: torch.device | str = "cpu", quantizer: str = "uniform"
+    profile: Profile,
+    preset: CompressionPreset,
+    dials: Dials,
+    device: torch.device | str = "cpu",
+    quantizer: str = "uniform",
+    progress: Callable[[float], None] = lambda share: None,
 ) -> dict[int, LayerCodec]:
-    """Codecs of all coded layers, by layer index, all with the same record layout. `quantizer`: see `codec.quantizer.QUANTIZERS`."""
+    """Codecs of all coded layers, by layer index, all with the same record layout.
+
+    Args:
+        profile: Transforms and spectra. Codebooks that `quantizer` needs and the profile lacks are trained and added to it.
+        preset, dials: What to spend. Dialled widths are widths of scalar quantizers: they leave "joint" with uniform planes.
+        device: Where the constants go.
+        quantizer: See `codec.quantizer.QUANTIZERS`.
+        progress: Called with the share of the codebooks trained so far.
+    """
     layout, frames = RecordLayout(*plane_counts(profile, preset, dials)), {}
     choices, device = profile.choices, torch.device(device)
+    books: dict[int, Tensor] = {}
+    if quantizer == "joint" and not dials.any_set:
+        books = value_codebooks(profile, layout.value_planes, progress)
+    scalar = scalar_of(quantizer)
     out = {}
     for index, layer in profile.layers.items():
         frame = None
         if layer.rotary is not None and choices.run:
             same = (tuple(layer.rotary.inv_freq.tolist()), layer.rotary.interleaved)
             frame = frames.setdefault(same, _build_frame(layer, choices.run, choices.trajectory, device))
-        key_bits = coordinate_bits(layer.key.variance, layout.key_planes, dials, preset, "key", quantizer)
-        value_bits = coordinate_bits(layer.value.variance, layout.value_planes, dials, preset, "value", quantizer)
+        key_bits = coordinate_bits(layer.key.variance, layout.key_planes, dials, preset, "key", scalar)
+        value_bits = coordinate_bits(layer.value.variance, layout.value_planes, dials, preset, "value", scalar)
         out[index] = LayerCodec(
-            _build_side(layer.key, key_bits, choices.key_gain, quantizer, device),
-            _build_side(layer.value, value_bits, choices.value_gain, quantizer, device),
+            _build_side(layer.key, key_bits, choices.key_gain, scalar, None, device),
+            _build_side(layer.value, value_bits, choices.value_gain, scalar, books.get(index), device),
+            _expected_error(layer.key, key_bits, scalar),
             layout,
             frame,
             layer.value_norm.to(device),
@@ -224,24 +244,44 @@ def _build_frame(layer: LayerProfile, run: int, trajectory: bool, device: torch.
     return AnchoredFrame(rotary, run, trajectory, turns.T.contiguous().to(device))
 
 
-def _build_side(side: SideProfile, bits: Tensor, gain: str, quantizer: str, device: torch.device) -> SideCodec:
+def value_codebooks(profile: Profile, planes: int, progress: Callable[[float], None] = lambda share: None) -> dict[int, Tensor]:
+    """Layer index -> codebooks of V at `planes` planes, from the profile, or trained now and added to it (SmolLM2: 10 s on two cores)."""
+    if planes not in profile.codebooks:
+        variance = torch.cat([layer.value.variance for layer in profile.layers.values()])
+        heads = [layer.heads for layer in profile.layers.values()]
+        books = fit_codebooks(variance, planes, lambda done: progress(done / len(variance)))
+        profile.codebooks[planes] = dict(zip(profile.layers, books.split(heads), strict=True))
+    return profile.codebooks[planes]
+
+
+def _expected_error(side: SideProfile, bits: Tensor, quantizer: str) -> float:
+    distortion = torch.tensor(distortion_table(tuple(range(MAX_BITS + 1)), quantizer), dtype=torch.float64)[bits]
+    return float((side.variance.double() * distortion).sum(-1).mean())
+
+
+def _build_side(side: SideProfile, bits: Tensor, gain: str, scalar: str, book: Tensor | None, device: torch.device) -> SideCodec:
+    """Constants of one side: jointly quantized with the codebooks `book`, or without any by the scalar quantizer `scalar`."""
     scale = side.variance.double().clamp_min(1e-20).sqrt()
     inverse = scale[..., None] * torch.linalg.inv(side.basis.double())
-    decode = build_quantizer(bits, quantizer, torch.device("cpu")).rows(inverse)  # float64, which some devices lack
     encode = (side.basis.double() / scale[:, None]).float()
-    made = build_quantizer(bits, quantizer, device)
-    distortion = torch.tensor(distortion_table(tuple(range(MAX_BITS + 1)), quantizer), dtype=torch.float64)[bits]
-    expected = (scale.square() * distortion).sum(-1).float()
-    return SideCodec(encode.to(device), decode.float().to(device), side.mean.to(device), scale.float().to(device), expected.to(device), made, gain)
+
+    def quantizer(where: torch.device) -> Quantizer:
+        if book is None:
+            return build_quantizer(bits, scalar, where)
+        return JointPlanes(book.to(where), scale.float().to(where), (bits > 0).to(where), block_index(bits.shape[1]).to(where))
+
+    decode = quantizer(torch.device("cpu")).rows(inverse).float()  # float64, which some devices lack
+    return SideCodec(encode.to(device), decode.to(device), side.mean.to(device), scale.float().to(device), quantizer(device), gain)
 
 
 def tensors_of(side: SideCodec) -> list[Tensor]:
     """Every tensor of one side's constants."""
-    own = [side.encode_matrix, side.decode_matrix, side.mean, side.scale, side.expected_error]
+    own = [side.encode_matrix, side.decode_matrix, side.mean, side.scale]
     return own + [value for f in fields(side.quantizer) if isinstance(value := getattr(side.quantizer, f.name), Tensor)]
 
 
 def map_tensors(side: SideCodec, fn: Callable[[Tensor], Tensor]) -> SideCodec:
     """`side` with `fn` applied to every tensor that has a head dimension in front."""
-    quantizer = replace(side.quantizer, **{f.name: fn(getattr(side.quantizer, f.name)) for f in fields(side.quantizer) if f.name != "levels"})
-    return replace(side, quantizer=quantizer, **{n: fn(getattr(side, n)) for n in ("encode_matrix", "decode_matrix", "mean", "scale", "expected_error")})
+    per_head = [f.name for f in fields(side.quantizer) if f.name not in ("levels", "index")]
+    quantizer = replace(side.quantizer, **{name: fn(getattr(side.quantizer, name)) for name in per_head})
+    return replace(side, quantizer=quantizer, **{n: fn(getattr(side, n)) for n in ("encode_matrix", "decode_matrix", "mean", "scale")})

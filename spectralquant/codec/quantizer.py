@@ -1,6 +1,6 @@
 """How whitened coordinates become 2-bit planes, and planes become the symbols that decoding multiplies with a matrix.
 
-Both quantizers fill the same P planes a token, 2 P bits, so records, cache and attention do not know which one is in use:
+All quantizers fill the same P planes a token, 2 P bits, so records, cache and attention do not know which one is in use:
 
     x^ = mean + gain * (symbols - offset) W
 
@@ -8,6 +8,12 @@ Both quantizers fill the same P planes a token, 2 P bits, so records, cache and 
   one row per plane, and the offset 1.5 centres all of them at once. Widths 0, 2, 4, 6, 8. The format of the kernels.
 - `LloydMaxBits`: levels come from a table, W has one row per coordinate. Widths 0..8, the codes of a token back to back, least significant bit
   first, two bits to a plane. Less distortion (17 % at 4 bits), read by the PyTorch reference only.
+- `JointPlanes` (see `codec.joint`): the planes are the symbols again, so the kernels read it, but W is free and the symbols of a block of
+  coordinates are chosen together.
+
+The engine's "joint" codes V that way and K with uniform planes. Errors of V are averaged by attention, so their mean square is what counts; errors of K
+that similar keys have in common cancel in the softmax, and the joint search gives similar keys different errors: it takes a quarter off
+the mean square error of K and nothing off the KL (docs/log.md).
 """
 
 from dataclasses import dataclass
@@ -17,6 +23,7 @@ import torch
 from torch import Tensor
 
 from spectralquant.codebook import lloyd_max_codebook, uniform_codebook
+from spectralquant.codec.joint import JointPlanes
 from spectralquant.presets import BIT_WIDTHS
 
 EPS = 1e-9
@@ -112,13 +119,20 @@ class LloydMaxBits:
         return inverse
 
 
-Quantizer = UniformPlanes | LloydMaxBits
-QUANTIZERS = {"uniform": BIT_WIDTHS, "lloyd-max": tuple(range(MAX_BITS + 1))}
-"""Name -> the widths that it can store."""
+Quantizer = UniformPlanes | LloydMaxBits | JointPlanes
+SCALAR_WIDTHS = {"uniform": BIT_WIDTHS, "lloyd-max": tuple(range(MAX_BITS + 1))}
+"""Scalar quantizer -> the widths that it can store."""
+QUANTIZERS = ("joint", *SCALAR_WIDTHS)
+"""What an engine can be told to use."""
 
 
-def build_quantizer(bits: Tensor, name: str, device: torch.device) -> Quantizer:
-    """The quantizer `name` for widths `bits` [H, D] int64, whose rows have equal sums."""
+def scalar_of(quantizer: str) -> str:
+    """The scalar quantizer that K has, and V where widths are dialled, under `quantizer`."""
+    return "uniform" if quantizer == "joint" else quantizer
+
+
+def build_quantizer(bits: Tensor, name: str, device: torch.device) -> UniformPlanes | LloydMaxBits:
+    """The scalar quantizer `name` for widths `bits` [H, D] int64, whose rows have equal sums."""
     if name == "uniform":
         steps = torch.tensor([0.0] + [uniform_codebook(b).step or 0.0 for b in range(1, MAX_BITS + 1)])[bits]
         coordinate, digit = _places(bits // 2)

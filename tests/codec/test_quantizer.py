@@ -1,4 +1,4 @@
-"""Both quantizers: what is packed is what is decoded, and it costs the bits and the distortion that the codebooks say."""
+"""Both scalar quantizers: what is packed is what is decoded, and it costs the bits and the distortion that the codebooks say."""
 
 import pytest
 import synthetic
@@ -8,7 +8,7 @@ from tolerances import DISTORTION
 from spectralquant.codebook import distortion_table, lloyd_max_codebook
 from spectralquant.codec.budget import coordinate_bits
 from spectralquant.codec.codec import build_codec
-from spectralquant.codec.quantizer import QUANTIZERS, LloydMaxBits, build_quantizer
+from spectralquant.codec.quantizer import SCALAR_WIDTHS, LloydMaxBits, build_quantizer
 from spectralquant.config import Dials
 from spectralquant.presets import PRESETS
 
@@ -20,7 +20,7 @@ def widths(name: str, planes: int = 48, dim: int = 48) -> torch.Tensor:
     return coordinate_bits(variance, planes, Dials(), HIGH, "key", name)
 
 
-@pytest.mark.parametrize("name", list(QUANTIZERS))
+@pytest.mark.parametrize("name", list(SCALAR_WIDTHS))
 def test_symbols_give_back_the_levels(name: str) -> None:
     """symbols (of planes) - offset, times W of the identity, are the levels that quantize reported."""
     made = build_quantizer(widths(name), name, CPU)
@@ -30,7 +30,7 @@ def test_symbols_give_back_the_levels(name: str) -> None:
     torch.testing.assert_close((made.symbols(planes, head_axis=1) - made.offset) @ rows, levels, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", list(QUANTIZERS))
+@pytest.mark.parametrize("name", list(SCALAR_WIDTHS))
 def test_symbols_take_the_head_dimension_anywhere(name: str) -> None:
     made = build_quantizer(widths(name), name, CPU)
     planes, _ = made.quantize(torch.randn(3, 2, 64, 48))
@@ -39,7 +39,7 @@ def test_symbols_take_the_head_dimension_anywhere(name: str) -> None:
     assert torch.equal(got[0].flatten(2, 3), want)
 
 
-@pytest.mark.parametrize("name", list(QUANTIZERS))
+@pytest.mark.parametrize("name", list(SCALAR_WIDTHS))
 def test_quantize_has_the_distortion_of_its_codebooks(name: str) -> None:
     bits = widths(name)
     u = torch.randn(1, 2, 40_000, 48)
@@ -72,7 +72,7 @@ def test_lloyd_max_bit_string() -> None:
 def test_lloyd_max_has_less_error_in_the_same_bytes(preset: str) -> None:
     profile = synthetic.profile(dim=64, key_gain="ls", decay=0.06)
     part, errors, records = profile.layers[0].key, [], []
-    for name in QUANTIZERS:
+    for name in SCALAR_WIDTHS:
         codec = build_codec(profile, PRESETS[preset], Dials(), quantizer=name)[0]
         torch.manual_seed(0)
         x = synthetic.samples(part, 3000) - part.mean[:, None]
