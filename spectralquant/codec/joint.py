@@ -5,7 +5,7 @@
 Scalar planes are the special case of vectors along the axes with weights 1, 4, 16. Free vectors cost decoding nothing, because it is a product with a
 constant matrix either way, and they gain what scalar quantization leaves: fractions of a bit for every coordinate, cells that fill space
 better than cubes, and points that are dense where the density is. On Gaussian coordinates with the spectra of SmolLM2's values the mean
-squared error at 2.5 bits is 0.62 of the scalar planes' and 0.74 of Lloyd-Max's; 1.6 times the rate-distortion bound.
+squared error at 2.5 bits is 0.72 of the scalar planes' and 0.86 of Lloyd-Max's (benchmarks/results/quantizers-smollm2.json).
 
 This is additive quantization (Babenko & Lempitsky, "Additive quantization for extreme vector compression", 2014) with codebooks of four collinear points.
 Training alternates like Lloyd's algorithm: nearest symbols (`search`) for samples, then the least squares vectors for the symbols. Samples are
@@ -24,7 +24,7 @@ from spectralquant.codebook import uniform_codebook
 from spectralquant.codec.search import nearest_symbols
 
 BLOCK = 16
-"""Least coordinates of a block. Blocks of 8 have 7 % more error, larger ones need a wider search."""
+"""Least coordinates of a block. Blocks of 8 have 3 % more error in V at 2.5 bits, larger ones need a wider search."""
 ROUNDS, SAMPLES = 8, 600
 """Training rounds, and samples in each (the last takes three times as many)."""
 START_NOISE = 0.3
