@@ -250,7 +250,8 @@ def value_codebooks(profile: Profile, planes: int, progress: Callable[[float], N
         variance = torch.cat([layer.value.variance for layer in profile.layers.values()])
         heads = [layer.heads for layer in profile.layers.values()]
         books = fit_codebooks(variance, planes, lambda done: progress(done / len(variance)))
-        profile.codebooks[planes] = dict(zip(profile.layers, books.split(heads), strict=True))
+        own = (book.clone() for book in books.split(heads))  # storage of their own: it is counted in `nbytes`
+        profile.codebooks[planes] = dict(zip(profile.layers, own, strict=True))
     return profile.codebooks[planes]
 
 

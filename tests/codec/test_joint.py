@@ -1,11 +1,13 @@
 """Joint quantization: fewer errors than any scalar quantizer in the same bytes, and the same records, cache and attention."""
 
+from pathlib import Path
+
 import pytest
 import synthetic
 import torch
 from tolerances import FLOAT32
 
-from spectralquant.codec.codec import build_codec, value_codebooks
+from spectralquant.codec.codec import build_codec, codec_nbytes, value_codebooks
 from spectralquant.codec.joint import JointPlanes, block_index, fit_codebooks
 from spectralquant.codec.quantizer import UniformPlanes
 from spectralquant.config import Dials
@@ -82,10 +84,17 @@ def test_progress_reaches_the_end() -> None:
     assert seen == sorted(seen) and seen[-1] == 40 and len(seen) > 1
 
 
-def test_profile_keeps_what_was_trained(tmp_path: "pytest.TempPathFactory") -> None:
+def test_bytes_of_the_constants_do_not_depend_on_who_trained_the_codebooks(tmp_path: Path) -> None:
+    profile = synthetic.profile(heads=2)
+    trained = codec_nbytes(build_codec(profile, HIGH, Dials(), quantizer="joint").values())
+    loaded = load_profile(profile.save(tmp_path / "p"))
+    assert trained == codec_nbytes(build_codec(loaded, HIGH, Dials(), quantizer="joint").values())
+
+
+def test_profile_keeps_what_was_trained(tmp_path: Path) -> None:
     profile = synthetic.profile(heads=2)
     books = value_codebooks(profile, 80)
-    loaded = load_profile(profile.save(f"{tmp_path}/p"))
+    loaded = load_profile(profile.save(tmp_path / "p"))
     assert loaded.codebooks.keys() == {80} and value_codebooks(loaded, 80) is loaded.codebooks[80]
     assert all(torch.equal(loaded.codebooks[80][i], books[i]) for i in profile.layers)
     fresh = Profile(profile.layers, profile.choices, profile.exact_share, profile.model)
