@@ -25,7 +25,7 @@ from spectralquant.codec.codec import LayerCodec, build_codec
 from spectralquant.codec.quantizer import QUANTIZERS
 from spectralquant.config import CacheConfig, Dials, require_int
 from spectralquant.corpus import make_samples
-from spectralquant.errors import CalibrationError, ConfigError, ShapeError
+from spectralquant.errors import CalibrationError, ConfigError, ShapeError, UnsupportedModelError
 from spectralquant.follow_up import install_generate, remove_generate
 from spectralquant.original_format import load_original, original_pair
 from spectralquant.presets import CompressionPreset, resolve_preset
@@ -162,6 +162,8 @@ class SpectralQuantEngine:
 
     def _check_model(self, model: PreTrainedModel) -> None:
         text = model.config.get_text_config(decoder=True)
+        if not getattr(text, "num_attention_heads", None):
+            raise UnsupportedModelError(f"{type(model).__name__} has no attention heads: there is nothing to compress")
         dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         if self.head_dim is not None and self.head_dim != dim:
             raise ShapeError(f"head_dim={self.head_dim} was asked for, the model's heads have {dim}; leave head_dim out")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import TinyTokenizer, tiny_model
-from transformers import PreTrainedModel, TextStreamer
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, TextStreamer
 
 from spectralquant import SpectralQuant, SpectralQuantEngine, get_default_calibration_texts
 from spectralquant.calibration.hf import fingerprint
@@ -236,3 +236,9 @@ def test_bfloat16_keys_beyond_float16_range(tokenizer: TinyTokenizer) -> None:
     view = cache.coded_layers[0].segment.update(*[torch.zeros(1, 2, 1, 32, dtype=torch.bfloat16)] * 2)
     assert view.dense("key").abs().max() > 65504
     assert model(prompt[:, :1], past_key_values=cache).logits.isfinite().all()
+
+
+def test_models_without_attention_are_refused(tokenizer: TinyTokenizer) -> None:
+    model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64))
+    with pytest.raises(UnsupportedModelError, match="MambaForCausalLM has no attention heads: there is nothing to compress"):
+        SpectralQuant().calibrate(model, tokenizer)

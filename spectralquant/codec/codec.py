@@ -245,7 +245,7 @@ def _build_frame(layer: LayerProfile, run: int, trajectory: bool, device: torch.
 
 
 def value_codebooks(profile: Profile, planes: int, progress: Callable[[float], None] = lambda share: None) -> dict[int, Tensor]:
-    """Layer index -> codebooks of V at `planes` planes, from the profile, or trained now and added to it (SmolLM2: 10 s on two cores)."""
+    """Layer index -> codebooks of V at `planes` planes, from the profile, or trained now and added to it (SmolLM2: some seconds on two cores)."""
     if planes not in profile.codebooks:
         variance = torch.cat([layer.value.variance for layer in profile.layers.values()])
         heads = [layer.heads for layer in profile.layers.values()]
