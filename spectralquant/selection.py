@@ -35,6 +35,7 @@ GAIN_NEEDED = 0.9
 """Smaller differences are noise on so few tokens."""
 CHANGES: tuple[dict[str, Any], ...] = (
     {"exact_below": 0.0, "exact_error": 0.0},
+    {"key_weighting": False},
     {"key_gain": "rms"},
     {"value_shift": -0.25},
     {"query_metric": False},

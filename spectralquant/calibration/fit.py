@@ -23,7 +23,8 @@ def fit_profile(statistics: ModelStatistics, choices: Choices, certificate: dict
         rotary = statistics.rotary.get(index)
         norms = torch.cat(stats.value_norms, 1)
         median = norms.median(1).values.clamp_min(1e-12)
-        key = _fit_key(stats.keys.mean, stats.keys.second, stats.queries.second, rotary, choices)
+        keys = stats.seen_keys if choices.key_weighting else stats.keys
+        key = _fit_key(keys.mean, keys.second, stats.queries.second, rotary, choices)
         value = _fit_value(stats.values.mean, stats.values.second, statistics.output_metric.get(index), choices)
         layers[index] = LayerProfile(key, value, median.float(), stats.peak, rotary)
         shares.append(float(((norms / median[:, None]).mean(0) < choices.exact_below).double().mean()))

@@ -102,11 +102,11 @@ class _Recorder:
         positions = torch.arange(key.shape[1], device=key.device)
         asked = torch.linspace(key.shape[1] // 4, key.shape[1] - 1, min(QUERIES, key.shape[1] // 2 + 1), device=key.device).long()
         query = query[0][:, asked].float().unflatten(0, (key.shape[0], -1))  # [H, G, n, D]
-        weight = felt_errors(query * scale, key, value, asked, self.statistics.output_metric.get(index), softcap, SKIP)
+        felt = felt_errors(query * scale, key, value, asked, self.statistics.output_metric.get(index), softcap, SKIP)
         rotary = self.statistics.rotary.get(index)
         if rotary is not None:
             query, key = rotary.rotate(query, -asked), rotary.rotate(key, -positions)
-        stats.add(key[:, SKIP:], query.flatten(1, 2), value[:, SKIP:], weight.flatten(1))
+        stats.add(key[:, SKIP:], query.flatten(1, 2), value[:, SKIP:], felt.queries.flatten(1), felt.keys[:, SKIP:])
 
     def _first_sight(self, index: int, module: nn.Module, query: Tensor, key: Tensor) -> None:
         self.known.add(index)

@@ -1,9 +1,11 @@
-"""`spectralquant`: demo, inspect, presets."""
+"""`spectralquant`: demo, evaluate, inspect, presets."""
 
 import argparse
 import json
 import sys
 
+from spectralquant.cli.evaluate import add_arguments as add_evaluate_arguments
+from spectralquant.cli.evaluate import run_evaluate
 from spectralquant.errors import SpectralQuantError
 from spectralquant.presets import PRESETS, describe_presets
 from spectralquant.version import __version__
@@ -33,6 +35,10 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--calibration", help="calibration file: loaded if it exists, else written")
     demo.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     demo.set_defaults(run=_demo)
+
+    evaluate = commands.add_parser("evaluate", help="measure KL, retrieval and word problems for this package and its peers on the same windows")
+    add_evaluate_arguments(evaluate)
+    evaluate.set_defaults(run=run_evaluate)
 
     inspect = commands.add_parser("inspect", help="show what a calibration file holds and what it measured")
     inspect.add_argument("file")

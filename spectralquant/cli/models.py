@@ -9,8 +9,8 @@ import torch
 from spectralquant.errors import ConfigError
 
 
-def load_model(name: str | None) -> tuple[Any, Any, str]:
-    """(model, tokenizer, label), float32 on the CPU, bfloat16 on a GPU.
+def load_model(name: str | None, dtype: str | None = None) -> tuple[Any, Any, str]:
+    """(model, tokenizer, label) in `dtype`, by default float32 on the CPU and bfloat16 on a GPU.
 
     Raises:
         ConfigError: The demo model is not installed, or `name` can't be loaded.
@@ -28,10 +28,11 @@ def load_model(name: str | None) -> tuple[Any, Any, str]:
             raise ConfigError(f"--model {name}: there is no such file")
         folder, options, label = str(path.parent), {"gguf_file": path.name}, path.stem
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if dtype is None:
+        dtype = "bfloat16" if device == "cuda" else "float32"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"--model {name}: could not be loaded: {error}") from error
     return model.to(device).eval(), tokenizer, label

@@ -1,11 +1,11 @@
-"""Weights of queries against loops, and against what errors on keys really do."""
+"""Weights of queries and keys against loops, and against what errors on keys really do."""
 
 import math
 
 import pytest
 import torch
 
-from spectralquant.calibration.statistics import Moments, felt_errors
+from spectralquant.calibration.statistics import KEY_WEIGHT_CAP, LayerStatistics, Moments, felt_errors
 
 H, G, N, T, D = 2, 3, 4, 40, 8
 POSITIONS = torch.tensor([12, 20, 33, 39])
@@ -20,7 +20,7 @@ def text() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("metric", [False, True])
 def test_weights_are_the_formula(softcap: float | None, metric: bool) -> None:
     queries, keys, values, matrix = text()
-    got = felt_errors(queries, keys, values, POSITIONS, matrix if metric else None, softcap, skip=5)
+    got = felt_errors(queries, keys, values, POSITIONS, matrix if metric else None, softcap, skip=5).queries
     for h in range(H):
         for g in range(G):
             for n, position in enumerate(POSITIONS.tolist()):
@@ -38,7 +38,7 @@ def test_weights_are_the_formula(softcap: float | None, metric: bool) -> None:
 def test_weights_predict_the_move_of_the_output() -> None:
     """E |move|^2 = sigma^2 |q|^2 weight for independent errors of variance sigma^2 on the coded keys."""
     queries, keys, values, matrix = text()
-    weight = felt_errors(queries, keys, values, POSITIONS, matrix, None, skip=5)[0, 0, 3]
+    weight = felt_errors(queries, keys, values, POSITIONS, matrix, None, skip=5).queries[0, 0, 3]
     query, sigma = queries[0, 0, 3].double(), 1e-3
     noise = torch.zeros(4000, T, D, dtype=torch.float64)
     noise[:, 5 : 39 - 10] = torch.randn(4000, 24, D, dtype=torch.float64) * sigma
@@ -50,8 +50,58 @@ def test_weights_predict_the_move_of_the_output() -> None:
 def test_a_query_that_sees_only_the_sink_counts_for_nothing() -> None:
     queries, keys, values, matrix = text()
     keys[:, 0] = 50 * queries[:, 0, -1]
-    weight = felt_errors(queries, keys, values, POSITIONS, matrix, None, skip=5)
+    weight = felt_errors(queries, keys, values, POSITIONS, matrix, None, skip=5).queries
     assert (weight[:, 0, -1] < 1e-6 * weight.amax()).all()
+
+
+def move(keys: torch.Tensor, queries: torch.Tensor, values: torch.Tensor, slot: int, count: int = 2000) -> float:
+    """Squared move of all outputs of the queries of head 0 when the key in `slot` gets noise, mean over `count` draws."""
+    noise, total = torch.randn(count, D, dtype=torch.float64) * 1e-3, 0.0
+    for n, position in enumerate(POSITIONS.tolist()):
+        if slot >= position - 10:
+            continue
+        for g in range(G):
+            query = queries[0, g, n].double()
+            scores = (keys[0, : position + 1].double() @ query).expand(count, -1).clone()
+            value = values[0, : position + 1].double()
+            plain = scores[0].softmax(-1) @ value
+            scores[:, slot] += noise @ query
+            total += float((scores.softmax(-1) @ value - plain).square().sum(-1).mean())
+    return total
+
+
+def test_key_weights_are_how_much_noise_on_one_key_is_felt() -> None:
+    queries, keys, values, _ = text()
+    queries = queries / 2  # no weight reaches the cap
+    weight = felt_errors(queries, keys, values, POSITIONS, None, None, skip=5).keys[0]
+    slots = [t for t in range(5, 29) if 0 < weight[t] < KEY_WEIGHT_CAP]
+    assert len(slots) > 10
+    felt = torch.tensor([move(keys, queries, values, t) for t in slots])
+    torch.testing.assert_close(felt / felt.sum(), weight[slots] / weight[slots].sum(), rtol=0.2, atol=0.005)
+
+
+def test_sinks_and_first_tokens_have_no_key_weight() -> None:
+    queries, keys, values, _ = text()
+    values[:, 17] *= 1e-3
+    keys[:, 17] = 3 * queries[:, 0, 2]  # looked at, like a sink
+    weight = felt_errors(queries, keys, values, POSITIONS, None, None, skip=5).keys
+    assert not weight[:, :5].any() and not weight[:, 17].any() and weight.amax() <= KEY_WEIGHT_CAP
+
+
+def test_keys_weigh_alike_where_nothing_is_felt() -> None:
+    queries, keys, values, _ = text()
+    weight = felt_errors(queries, keys, torch.zeros_like(values), POSITIONS, None, None, skip=5).keys
+    torch.testing.assert_close(weight, (torch.arange(T) >= 5).float().expand(H, -1))
+
+
+def test_seen_keys_are_weighted_and_keys_are_not() -> None:
+    keys, queries, values, weight = torch.randn(H, T, D), torch.randn(H, 9, D), torch.randn(H, T, D), torch.rand(H, T)
+    stats, plain, seen = LayerStatistics(), Moments(), Moments()
+    stats.add(keys, queries, values, key_weight=weight)
+    plain.add(keys)
+    seen.add(keys, weight)
+    assert torch.equal(stats.keys.second, plain.second) and torch.equal(stats.seen_keys.second, seen.second)
+    assert not torch.equal(plain.second, seen.second)
 
 
 def test_weighted_moments() -> None:

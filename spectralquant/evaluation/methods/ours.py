@@ -1,0 +1,50 @@
+"""This package at each preset: real packed codes, read by the real attention."""
+
+from transformers.cache_utils import Cache
+
+from spectralquant.cache.hf import SpectralCache
+from spectralquant.engine import SpectralQuantEngine
+from spectralquant.evaluation.methods.base import Method, Prepared, Subject
+from spectralquant.presets import PRESETS
+
+INDEX_BITS = 32
+"""Of the slot number of an exact token, per layer."""
+
+
+def _prepare(subject: Subject, preset: str) -> Prepared:
+    engine = SpectralQuantEngine(compression=preset)
+    path = subject.calibration or subject.folder / "calibration.safetensors"
+    if path.exists():
+        engine.load_calibration(path)
+    else:
+        SpectralQuantEngine(compression="high").calibrate_to(path, subject.model, subject.tokenizer)
+        engine.load_calibration(path)
+    return Prepared(lambda: engine.cache(subject.model), bits_all_in, exact_tokens)
+
+
+def bits_all_in(cache: Cache) -> float:
+    """Bits per element of the packed history: planes, gains, and the tokens that stay exact in mid-text, their index included."""
+    assert isinstance(cache, SpectralCache)
+    layers = [(layer.codec, layer.segment) for layer in cache.coded_layers if layer.segment is not None]
+    packed = sum(segment.packed for _, segment in layers)
+    bits = 0.0
+    for codec, segment in layers:
+        heads, dim = segment.recent_keys.shape[1], codec.head_dim
+        secondary = float(segment.secondary.sum()) / len(segment.start)
+        record = codec.layout.bytes_per_token * 8 / (2 * dim)
+        bits += segment.packed * record + secondary * (16 + INDEX_BITS / (2 * heads * dim))
+    return bits / packed if packed else 16.0
+
+
+def exact_tokens(cache: Cache) -> int:
+    """Sinks and recent window of one layer."""
+    assert isinstance(cache, SpectralCache)
+    segment = cache.coded_layers[0].segment
+    return 0 if segment is None else segment.length - segment.packed
+
+
+def _ours(preset: str) -> Method:
+    return Method(preset, f"spectralquant {preset}", "spectralquant", False, lambda subject: _prepare(subject, preset))
+
+
+METHODS = tuple(_ours(preset) for preset in PRESETS)
