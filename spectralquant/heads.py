@@ -74,7 +74,7 @@ class EigenspectralCalibrator:
         """Run the model over `texts` (None: the bundled corpus) and return `summary()`."""
         samples = make_samples(tokenizer, texts, max_tokens=self.max_tokens)
         statistics = collect(model, samples.statistics, coded_layer_indices(model))
-        choices = Choices(query_metric=False, output_metric=False, key_weighting=False)
+        choices = Choices(query_metric=False, output_metric=False, token_weights=False)
         self._profile = fit_profile(statistics, choices, {"tokens": statistics.tokens})
         return self.summary()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from spectralquant.errors import ProfileError
 from spectralquant.profile import Choices, LayerProfile, Profile, SideProfile
 
-CHOICES = Choices(query_metric=False, output_metric=False, key_weighting=False, value_shift=0.0, exact_below=0.0, exact_error=0.0, run=0, trajectory=False)
+CHOICES = Choices(query_metric=False, output_metric=False, token_weights=False, value_shift=0.0, exact_below=0.0, exact_error=0.0, run=0, trajectory=False)
 SIDES = ("key", "value")
 
 

@@ -78,7 +78,7 @@ class Choices:
     Attributes:
         query_metric: K is coded in the metric of the logits, E[q^T q].
         output_metric: V is coded in the metric of the layer's output, W_O W_O^T.
-        key_weighting: Statistics of K weighted by how much errors of a key are felt.
+        token_weights: Statistics of K and V weight tokens by how much their errors are felt.
         key_gain, value_gain: "rms", "ls" or "unbiased" (see `codec.codec`).
         value_shift: Bits per element that V has more than K.
         exact_below: A token stays exact when its |v|^2 is below this share of the layer's median; 0 turns it off.
@@ -90,7 +90,7 @@ class Choices:
 
     query_metric: bool = True
     output_metric: bool = True
-    key_weighting: bool = True
+    token_weights: bool = True
     key_gain: str = "ls"
     value_gain: str = "unbiased"
     value_shift: float = 0.25

@@ -35,7 +35,7 @@ GAIN_NEEDED = 0.9
 """Smaller differences are noise on so few tokens."""
 CHANGES: tuple[dict[str, Any], ...] = (
     {"exact_below": 0.0, "exact_error": 0.0},
-    {"key_weighting": False},
+    {"token_weights": False},
     {"key_gain": "rms"},
     {"value_shift": -0.25},
     {"query_metric": False},
@@ -119,12 +119,13 @@ def _prepare(model: PreTrainedModel, ids: Tensor) -> _Window:
 def _with_typical_errors(profile: Profile, windows: list[_Window], preset: CompressionPreset, quantizer: str) -> Profile:
     """`profile` with every layer's median K error, measured on the contexts of the windows, against which unusual keys are recognised."""
     layers = {}
-    for index, codec in build_codec(profile, preset, Dials(), quantizer=quantizer).items():
+    device = windows[0].scored.device
+    for index, codec in build_codec(profile, preset, Dials(), device, quantizer).items():
         errors = []
         for window in windows:
             layer: Any = window.context.layers[index]
-            keys, values = layer.keys.cpu(), layer.values.cpu()
-            slots, start = torch.arange(keys.shape[2]), torch.zeros(1, dtype=torch.int64)
+            keys, values = layer.keys, layer.values
+            slots, start = torch.arange(keys.shape[2], device=device), torch.zeros(1, dtype=torch.int64, device=device)
             planes, gains, _, _ = codec.encode(keys, values, slots, start)
             errors.append(codec.key_error(keys, planes, gains, slots, start).flatten())
         layers[index] = replace(profile.layers[index], key_error=float(torch.cat(errors).median()))

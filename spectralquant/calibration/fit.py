@@ -23,30 +23,30 @@ def fit_profile(statistics: ModelStatistics, choices: Choices, certificate: dict
         rotary = statistics.rotary.get(index)
         norms = torch.cat(stats.value_norms, 1)
         median = norms.median(1).values.clamp_min(1e-12)
-        keys = stats.seen_keys if choices.key_weighting else stats.keys
-        key = _fit_key(keys.mean, keys.second, stats.queries.second, rotary, choices)
-        value = _fit_value(stats.values.mean, stats.values.second, statistics.output_metric.get(index), choices)
+        keys, values = (stats.seen_keys, stats.seen_values) if choices.token_weights else (stats.keys, stats.values)
+        key = _fit_key(keys.mean, keys.covariance, stats.queries.second, rotary, choices)
+        value = _fit_value(values.mean, values.covariance, statistics.output_metric.get(index), choices)
         layers[index] = LayerProfile(key, value, median.float(), stats.peak, rotary)
         shares.append(float(((norms / median[:, None]).mean(0) < choices.exact_below).double().mean()))
     return Profile(layers, choices, sum(shares) / len(shares), statistics.fingerprint, certificate or {})
 
 
-def _fit_key(mean: Tensor, second: Tensor, queries: Tensor, rotary: Rotary | None, choices: Choices) -> SideProfile:
+def _fit_key(mean: Tensor, covariance: Tensor, queries: Tensor, rotary: Rotary | None, choices: Choices) -> SideProfile:
     metric = queries if choices.query_metric else None
     if rotary is None:
-        return _side(mean, second - _outer(mean), metric)
+        return _side(mean, covariance, metric)
     if metric is not None:
         seen = torch.tensor(RELATIVE_POSITIONS) if choices.run else torch.arange(PLAIN_POSITIONS)
         metric = rotary.average_rotated(metric, seen)
     positions = torch.arange(choices.run or PLAIN_POSITIONS)
     if choices.run and choices.trajectory:
-        return _side(mean, rotary.average_rotated(second - _outer(mean), positions), metric)
+        return _side(mean, rotary.average_rotated(covariance, positions), metric)
     constant = rotary.rotate(mean[:, None], positions).mean(1)
-    return _side(constant, rotary.average_rotated(second, positions) - _outer(constant), metric)
+    return _side(constant, rotary.average_rotated(covariance + _outer(mean), positions) - _outer(constant), metric)
 
 
-def _fit_value(mean: Tensor, second: Tensor, metric: Tensor | None, choices: Choices) -> SideProfile:
-    return _side(mean, second - _outer(mean), metric if choices.output_metric else None)
+def _fit_value(mean: Tensor, covariance: Tensor, metric: Tensor | None, choices: Choices) -> SideProfile:
+    return _side(mean, covariance, metric if choices.output_metric else None)
 
 
 def _side(mean: Tensor, covariance: Tensor, metric: Tensor | None) -> SideProfile:

@@ -106,7 +106,7 @@ class _Recorder:
         rotary = self.statistics.rotary.get(index)
         if rotary is not None:
             query, key = rotary.rotate(query, -asked), rotary.rotate(key, -positions)
-        stats.add(key[:, SKIP:], query.flatten(1, 2), value[:, SKIP:], felt.queries.flatten(1), felt.keys[:, SKIP:])
+        stats.add(key[:, SKIP:], query.flatten(1, 2), value[:, SKIP:], felt.after(SKIP))
 
     def _first_sight(self, index: int, module: nn.Module, query: Tensor, key: Tensor) -> None:
         self.known.add(index)

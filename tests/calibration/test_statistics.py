@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from spectralquant.calibration.statistics import KEY_WEIGHT_CAP, LayerStatistics, Moments, felt_errors
+from spectralquant.calibration.statistics import WEIGHT_CAP, FeltErrors, LayerStatistics, Moments, felt_errors
 
 H, G, N, T, D = 2, 3, 4, 40, 8
 POSITIONS = torch.tensor([12, 20, 33, 39])
@@ -74,10 +74,21 @@ def test_key_weights_are_how_much_noise_on_one_key_is_felt() -> None:
     queries, keys, values, _ = text()
     queries = queries / 2  # no weight reaches the cap
     weight = felt_errors(queries, keys, values, POSITIONS, None, None, skip=5).keys[0]
-    slots = [t for t in range(5, 29) if 0 < weight[t] < KEY_WEIGHT_CAP]
+    slots = [t for t in range(5, 29) if 0 < weight[t] < WEIGHT_CAP]
     assert len(slots) > 10
     felt = torch.tensor([move(keys, queries, values, t) for t in slots])
     torch.testing.assert_close(felt / felt.sum(), weight[slots] / weight[slots].sum(), rtol=0.2, atol=0.005)
+
+
+def test_value_weights_are_attention_squared() -> None:
+    queries, keys, values, _ = text()
+    weight = felt_errors(queries, keys, values, POSITIONS, None, None, skip=5).values
+    felt = torch.zeros(H, T)
+    for n, position in enumerate(POSITIONS.tolist()):
+        p = (queries[:, :, n] @ keys[:, : position + 1].mT).softmax(-1)
+        felt[:, 5 : position - 10] += p[:, :, 5 : position - 10].square().sum(1)
+    felt = (felt / felt[:, 5:].mean(-1, keepdim=True)).clamp_max(WEIGHT_CAP)
+    torch.testing.assert_close(weight, felt, rtol=1e-4, atol=1e-5)
 
 
 def test_sinks_and_first_tokens_have_no_key_weight() -> None:
@@ -85,7 +96,7 @@ def test_sinks_and_first_tokens_have_no_key_weight() -> None:
     values[:, 17] *= 1e-3
     keys[:, 17] = 3 * queries[:, 0, 2]  # looked at, like a sink
     weight = felt_errors(queries, keys, values, POSITIONS, None, None, skip=5).keys
-    assert not weight[:, :5].any() and not weight[:, 17].any() and weight.amax() <= KEY_WEIGHT_CAP
+    assert not weight[:, :5].any() and not weight[:, 17].any() and weight.amax() <= WEIGHT_CAP
 
 
 def test_keys_weigh_alike_where_nothing_is_felt() -> None:
@@ -97,7 +108,7 @@ def test_keys_weigh_alike_where_nothing_is_felt() -> None:
 def test_seen_keys_are_weighted_and_keys_are_not() -> None:
     keys, queries, values, weight = torch.randn(H, T, D), torch.randn(H, 9, D), torch.randn(H, T, D), torch.rand(H, T)
     stats, plain, seen = LayerStatistics(), Moments(), Moments()
-    stats.add(keys, queries, values, key_weight=weight)
+    stats.add(keys, queries, values, FeltErrors(torch.ones(H, 3, 3), weight, weight))
     plain.add(keys)
     seen.add(keys, weight)
     assert torch.equal(stats.keys.second, plain.second) and torch.equal(stats.seen_keys.second, seen.second)
@@ -112,6 +123,21 @@ def test_weighted_moments() -> None:
     share = (weight / weight.sum(-1, keepdim=True)).double()
     torch.testing.assert_close(moments.mean, torch.einsum("hn,hnd->hd", share, x.double()), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(moments.second, torch.einsum("hn,hnd,hne->hde", share, x.double(), x.double()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_moments_survive_a_mean_of_hundreds_of_deviations(precision: str) -> None:
+    """Products that round their factors to bfloat16 lost the variance of keys with a bias of 460 (Qwen2.5)."""
+    x = torch.randn(H, 3000, D) + 460 * torch.randn(H, 1, D)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    moments = Moments()
+    for piece in x.split(1000, 1):
+        moments.add(piece)
+    torch.set_float32_matmul_precision(before)
+    exact = x.double() - x.double().mean(1, keepdim=True)
+    torch.testing.assert_close(moments.covariance, exact.mT @ exact / 3000, rtol=0, atol=0.02)
+    torch.testing.assert_close(moments.mean, x.double().mean(1), rtol=1e-5, atol=1e-3)
 
 
 def test_no_weight_at_all_gives_zeros() -> None:

@@ -26,7 +26,7 @@ from spectralquant.evaluation.methods.simulated import Rule, simulated
 from spectralquant.profile import Choices, Profile, SideProfile, load_profile
 
 FILE = "pca.safetensors"
-CHOICES = Choices(query_metric=False, output_metric=False, key_weighting=False, exact_below=0.0, exact_error=0.0, run=0, trajectory=False)
+CHOICES = Choices(query_metric=False, output_metric=False, token_weights=False, exact_below=0.0, exact_error=0.0, run=0, trajectory=False)
 """Identity metrics, all tokens alike, and the plain frame: then a profile is mean, eigenvectors and eigenvalues of the covariance."""
 WIDTHS = tuple(range(9))
 SINKS, WINDOW = 4, 64
