@@ -15,7 +15,7 @@ class SpectralQuant:
     """Compressed KV cache for any HuggingFace causal LM.
 
     Args:
-        compression: "standard" (5.95x), "high" (6.55x) or "max" (6.68x), or a `CompressionPreset`.
+        compression: "standard" (5.95x), "high" (6.55x), "max" (6.68x) or "ultra" (8x), or a `CompressionPreset`.
         device: Informative; models are used where they are.
         head_dim: Expected head size; None accepts the model's.
         avg_bits, noise_bits, value_noise_bits, d_eff_variance: Dials that replace the preset's allocation (see `config.Dials`).

@@ -56,19 +56,24 @@ class CacheConfig:
         sinks: First tokens of every sequence, kept exact for ever.
         window: Most recent tokens that are always exact; blocks of 128 leave it for the packed store.
         max_exact_share: Bound on the share of a layer's packed tokens kept exact besides the sinks.
-        tile_tokens: Tokens of one layer that the reference attention unpacks at a time.
+        tile_tokens: Tokens of one layer that the reference attention unpacks at a time; None for what suits the device, see `tile_on`.
     """
 
     sinks: int = 4
     window: int = 64
     max_exact_share: float = 0.04
-    tile_tokens: int = 2048
+    tile_tokens: int | None = None
 
     def __post_init__(self) -> None:
         require_int("sinks", self.sinks, 0, 64)
         require_int("window", self.window, 1, 65_536)
-        require_int("tile_tokens", self.tile_tokens, 256)
-        if self.tile_tokens % 256:
+        if self.tile_tokens is not None and require_int("tile_tokens", self.tile_tokens, 256) % 256:
             raise ConfigError(f"tile_tokens={self.tile_tokens}: expected a multiple of 256")
         if not 0.0 <= self.max_exact_share <= 0.25:
             raise ConfigError(f"max_exact_share={self.max_exact_share!r} is out of range: expected 0 to 0.25")
+
+    def tile_on(self, device_type: str) -> int:
+        """`tile_tokens`, or its default: short on a CPU, where a tile should stay in its caches, long where every operation is a launch."""
+        if self.tile_tokens is not None:
+            return self.tile_tokens
+        return 2048 if device_type == "cpu" else 32_768

@@ -18,7 +18,7 @@ class CompressionPreset:
     """One preset.
 
     Attributes:
-        name: `standard`, `high` or `max`.
+        name: `standard`, `high`, `max` or `ultra`.
         avg_bits: Mean width of the semantic band in bits per coordinate.
         noise_bits: Width of the tail of K in bits per coordinate.
         value_noise_bits: Width of the tail of V in bits per coordinate.
@@ -43,7 +43,8 @@ PRESETS: dict[str, CompressionPreset] = {
     for preset in (
         CompressionPreset("standard", 3, 2, 2, 0.90, 5.95, "lowest", "The most faithful preset: 2.69 bits per element, all-in."),
         CompressionPreset("high", 2, 2, 2, 0.95, 6.55, "low", "The default: 2.44 bits per element, all-in."),
-        CompressionPreset("max", 2, 2, 2, 0.92, 6.68, "moderate", "The smallest cache: 2.40 bits per element or fewer, all-in."),
+        CompressionPreset("max", 2, 2, 2, 0.92, 6.68, "moderate", "A little smaller: 2.40 bits per element or fewer, all-in."),
+        CompressionPreset("ultra", 2, 2, 2, 0.90, 8.00, "high", "The smallest cache: 2.00 bits per element or fewer, all-in."),
     )
 }
 

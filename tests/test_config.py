@@ -84,3 +84,8 @@ def test_settings_are_frozen(settings: CacheConfig | Dials) -> None:
     name = next(iter(settings.__dataclass_fields__))
     with pytest.raises(FrozenInstanceError):
         setattr(settings, name, 1)
+
+
+def test_tiles_follow_the_device_unless_told() -> None:
+    assert CacheConfig().tile_on("cpu") < CacheConfig().tile_on("cuda")
+    assert CacheConfig(tile_tokens=512).tile_on("cuda") == CacheConfig(tile_tokens=512).tile_on("cpu") == 512

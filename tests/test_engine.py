@@ -170,7 +170,7 @@ def test_dials_replace_the_preset(llama_calibration: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"compression": "tiny"}, "'standard', 'high', 'max'"),
+        ({"compression": "tiny"}, "'standard', 'high', 'max', 'ultra'"),
         ({"avg_bits": 2.5}, "never rounded"),
         ({"avg_bits": 9}, "from 1 to 8"),
         ({"noise_bits": 3}, "widths of"),

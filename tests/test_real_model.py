@@ -12,7 +12,7 @@ pytestmark = pytest.mark.real
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("preset", "bound"), [("standard", 0.03), ("high", 0.03), ("max", 0.05)])
+@pytest.mark.parametrize(("preset", "bound"), [("standard", 0.03), ("high", 0.03), ("max", 0.05), ("ultra", 0.08)])
 def test_divergence(smollm2: tuple[Any, Any], smollm2_calibration: Path, preset: str, bound: float) -> None:
     """Mean KL to the uncompressed model on text outside the calibration, scored in chunks that read codes. The bound allows for the
     test's small calibration; benchmarks/ has the real figures."""

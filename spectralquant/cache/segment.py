@@ -40,6 +40,7 @@ class Segment:
         if (heads, dim) != tuple(want):
             raise ShapeError(f"keys have {heads} heads of size {dim}, the calibration has {want[0]} of size {want[1]}; calibrate this model")
         self.codec, self.config, self.start, self.dtype = codec, config, start, keys.dtype
+        self.tile_tokens = config.tile_on(keys.device.type)
         self.packed = self.recent = 0  # tokens in the packed store and in the window
         self.records = keys.new_empty((batch, heads, 0, codec.layout.record_bytes), dtype=torch.uint8)
         dtype = codec.exact_dtype if keys.dtype == torch.float32 else keys.dtype
@@ -83,15 +84,15 @@ class Segment:
     def _view(self, raw_keys: Tensor, raw_values: Tensor) -> PackedKV:
         return PackedKV(
             self.codec, self.records, self.packed, self.exact_keys, self.exact_values, self.exact_slots,
-            raw_keys, raw_values, self.start, self.dtype, self.config.tile_tokens,
+            raw_keys, raw_values, self.start, self.dtype, self.tile_tokens,
         )  # fmt: skip
 
     def _replace_recent(self, keys: Tensor, values: Tensor) -> None:
         """Make keys and values, slots packed .., the window: pack all full blocks but the last `window` tokens."""
         count = keys.shape[-2]
         blocks = max(count - self.config.window, 0) // UNIT * UNIT
-        for first in range(0, blocks, self.config.tile_tokens):
-            last = min(first + self.config.tile_tokens, blocks)
+        for first in range(0, blocks, self.tile_tokens):
+            last = min(first + self.tile_tokens, blocks)
             self._pack(keys[:, :, first:last], values[:, :, first:last], reserve=blocks - first)
         self.recent = count - blocks
         self.recent_keys[:, :, : self.recent] = keys[:, :, blocks:]

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectralquant.calibration.hf import ModelStatistics
-from spectralquant.calibration.spectrum import spectral_basis
+from spectralquant.calibration.hf import TOKENS_PER_DIMENSION, ModelStatistics
+from spectralquant.calibration.spectrum import shrink, spectral_basis
 from spectralquant.profile import Choices, LayerProfile, Profile, SideProfile
 from spectralquant.rope import Rotary
 
@@ -24,8 +24,10 @@ def fit_profile(statistics: ModelStatistics, choices: Choices, certificate: dict
         norms = torch.cat(stats.value_norms, 1)
         median = norms.median(1).values.clamp_min(1e-12)
         keys, values = (stats.seen_keys, stats.seen_values) if choices.token_weights else (stats.keys, stats.values)
-        key = _fit_key(keys.mean, keys.covariance, stats.queries.second, rotary, choices)
-        value = _fit_value(values.mean, values.covariance, statistics.output_metric.get(index), choices)
+        few = statistics.tokens < TOKENS_PER_DIMENSION * keys.mean.shape[-1]
+        covariances = [shrink(m.covariance, statistics.tokens) if few else m.covariance for m in (keys, values)]
+        key = _fit_key(keys.mean, covariances[0], stats.queries.second, rotary, choices)
+        value = _fit_value(values.mean, covariances[1], statistics.output_metric.get(index), choices)
         layers[index] = LayerProfile(key, value, median.float(), stats.peak, rotary)
         shares.append(float(((norms / median[:, None]).mean(0) < choices.exact_below).double().mean()))
     return Profile(layers, choices, sum(shares) / len(shares), statistics.fingerprint, certificate or {})

@@ -7,6 +7,7 @@ them to its attention modules. Nothing is ever swallowed: a layer that shows no 
 
 import hashlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ SKIP = 8
 QUERIES = 64
 """Queries of each sample whose attention is looked at, spread over its last three quarters."""
 TOKENS_PER_DIMENSION = 4
-"""Least number of tokens per head dimension for which a covariance means anything."""
+"""With fewer tokens per head dimension, covariances are shrunken (`spectrum.shrink`) and the user is told."""
 OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 _RECORDER = "spectralquant-recorder"
 
@@ -174,7 +175,10 @@ def collect(model: PreTrainedModel, samples: list[Tensor], coded: list[int], pro
 
     Raises:
         UnsupportedModelError: A layer did not go through transformers' attention interface; the text names it.
-        CalibrationError: There are too few tokens for covariances of the model's head size.
+        CalibrationError: No sample is long enough for a token to count.
+
+    Warns:
+        UserWarning: There are few tokens for covariances of the model's head size.
     """
     if not coded:
         raise UnsupportedModelError(f"{type(model).__name__} has no attention layer that grows with the text: there is nothing to compress")
@@ -185,14 +189,18 @@ def collect(model: PreTrainedModel, samples: list[Tensor], coded: list[int], pro
             model.base_model(input_ids=ids.to(model.device), use_cache=False)
             statistics.tokens += max(ids.shape[1] - SKIP, 0)
             progress(ids.shape[1])
+    if not statistics.tokens:
+        raise CalibrationError(f"the calibration text has no sample longer than {SKIP} tokens: bring more text")
     missing = sorted(set(coded) - statistics.layers.keys())
     if missing:
         raise UnsupportedModelError(f"layers {missing[:4]} of {type(model).__name__} do not use transformers' attention interface; they can't be calibrated")
     dim = next(iter(statistics.layers.values())).keys.mean.shape[-1]
     need = TOKENS_PER_DIMENSION * dim
     if statistics.tokens < need:
-        raise CalibrationError(
-            f"the calibration text has {statistics.tokens} usable tokens; head size {dim} needs at least {need}: add about {need - statistics.tokens} tokens"
+        warnings.warn(
+            f"the calibration text has {statistics.tokens} usable tokens, few for head size {dim}: the output will be worse than it could be; "
+            f"add at least {need - statistics.tokens} tokens",
+            stacklevel=2,
         )
     return statistics
 

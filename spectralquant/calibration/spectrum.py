@@ -22,6 +22,18 @@ def metric_root(metric: Tensor) -> Tensor:
     return (vectors * values.sqrt()[..., None, :]) @ vectors.mT
 
 
+def shrink(covariance: Tensor, samples: int) -> Tensor:
+    """Covariances [H, D, D] of few samples, pulled towards a multiple of the identity by the oracle-approximating share (Chen, Wiesel, Eldar,
+    Hero 2010, arXiv:0907.4698). Fewer samples than dimensions leave directions without variance, which later text will use."""
+    dim = covariance.shape[-1]
+    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+    squared, trace2 = covariance.square().sum((-2, -1)), trace.square()
+    spread = ((samples + 1 - 2 / dim) * (squared - trace2 / dim)).clamp_min(1e-30)
+    share = (((1 - 2 / dim) * squared + trace2) / spread).clamp_max(1.0)[:, None, None]
+    eye = torch.eye(dim, dtype=covariance.dtype)
+    return (1 - share) * covariance + share * (trace / dim)[:, None, None] * eye
+
+
 def spectral_basis(covariance: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor]:
     """(A [H, D, D], variance [H, D] descending) of covariances [H, D, D] under `metric` [H, D, D] (None: identity).
 

@@ -126,21 +126,20 @@ def felt_errors(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor
         scores = flat @ keys.mT
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    slots = torch.arange(keys.shape[1], device=keys.device)
-    hidden = (slots > positions[:, None]).repeat(queries.shape[1], 1)
-    weight = scores.masked_fill(hidden, -torch.inf).softmax(-1)  # [H, G * n, T]
+    slots, seen_from = torch.arange(keys.shape[1], device=keys.device), positions.repeat(queries.shape[1])[:, None]
+    weight = scores.masked_fill_(slots > seen_from, -torch.inf).softmax(-1)  # [H, G * n, T]
     output = weight @ values
     mapped = values if metric is None else values @ metric.to(values)
     mapped_output = output if metric is None else output @ metric.to(values)
-    distance = (mapped * values).sum(-1)[:, None] - 2 * output @ mapped.mT + (mapped_output * output).sum(-1, keepdim=True)
     near = min(NEAR, keys.shape[1] // 4)
-    coded = (slots >= skip) & (slots < (positions[:, None] - near).repeat(queries.shape[1], 1))
-    by_value = weight.square() * coded
-    felt = by_value * distance.clamp_min(0)
-    by_key = (felt * flat.square().sum(-1, keepdim=True)).sum(1)
+    by_value = weight.square_().masked_fill_((slots < skip) | (slots >= seen_from - near), 0)
+    distance = torch.baddbmm((mapped * values).sum(-1)[:, None], output, mapped.mT, alpha=-2)
+    distance += (mapped_output * output).sum(-1, keepdim=True)
+    felt = distance.clamp_min_(0).mul_(by_value)
+    by_key = flat.square().sum(-1)[:, None] @ felt  # [H, 1, T]
     return FeltErrors(
         felt.sum(-1).unflatten(1, queries.shape[1:3]),
-        _token_weights(by_key, values, skip),
+        _token_weights(by_key[:, 0], values, skip),
         _token_weights(by_value.sum(1), values, skip),
     )
 

@@ -10,7 +10,7 @@ from spectralquant.errors import ConfigError
 
 DEFAULT_METHODS = (
     "fp16", "fp8", "q8_0", "q4_0", "kivi4-g32", "kivi4-g128", "kivi2-g32", "kivi2-g128", "rotation2", "rotation3", "rotation4",
-    "pca2", "pca2.375", "pca3", "standard", "high", "max",
+    "pca2", "pca2.375", "pca3", "standard", "high", "max", "ultra",
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def kv(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def statistics(rotary: Rotary | None = None, metric: torch.Tensor | None = None) -> ModelStatistics:
-    made = ModelStatistics({"weights": "abc"})
+    made = ModelStatistics({"weights": "abc"}, tokens=COUNT)
     layer = LayerStatistics()
     layer.add(*kv())
     made.layers[3] = layer
@@ -121,7 +121,7 @@ def test_fit_profile_exact_share_counts_small_values() -> None:
     """5 % of the tokens have values of hardly any norm."""
     keys, queries, values = kv()
     values[:, ::20] *= 1e-3
-    made = ModelStatistics({})
+    made = ModelStatistics({}, tokens=COUNT)
     made.layers[0] = LayerStatistics()
     made.layers[0].add(keys, queries, values)
     assert fit_profile(made, Choices(exact_below=1e-3)).exact_share == pytest.approx(0.05)

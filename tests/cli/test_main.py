@@ -10,7 +10,7 @@ from spectralquant.cli.main import main
 
 def test_presets(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets"]) == 0
-    assert set(json.loads(capsys.readouterr().out)) == {"standard", "high", "max"}
+    assert set(json.loads(capsys.readouterr().out)) == {"standard", "high", "max", "ultra"}
 
 
 def test_inspect(llama_calibration: Path, capsys: pytest.CaptureFixture[str]) -> None:
