@@ -61,7 +61,7 @@ class RunReport:
 
     def as_markdown(self) -> str:
         """A document: the configuration in a line, then the tables."""
-        parts = [f"# {self.config['plan']['model']}", _describe(self.config, "`")]
+        parts = [f"# {self.config['plan']['model']}", _describe(self.config, "`"), *_left_out(self.config)]
         for table in _tables(self):
             lines = [table.header, tuple("---" for _ in table.header), *table.rows]
             parts += [f"## {table.title}", "\n".join(f"| {' | '.join(_escape(cell) for cell in line)} |" for line in lines), *table.notes]
@@ -81,6 +81,8 @@ class RunReport:
             raise ConfigError('tables in the terminal need rich, which is not installed; run: pip install "spectralquant[evaluate]"') from error
         console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
         console.print(f"{self.config['plan']['model']}: {_describe(self.config, '')}", style="dim")
+        for line in _left_out(self.config):
+            console.print(line, style="yellow")
         for table in _tables(self):
             shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, caption="\n".join(table.notes))
             shown.caption_justify = "left"
@@ -302,6 +304,11 @@ def _notes(lines: Iterable[Row], note: str) -> tuple[str, ...]:
 
 def _escape(cell: str) -> str:
     return cell.replace("|", "\\|")
+
+
+def _left_out(config: dict[str, Any]) -> list[str]:
+    """Why methods of the plan are missing."""
+    return [f"Not run: {reason}." for reason in config.get("unavailable", {}).values()]
 
 
 def _describe(config: dict[str, Any], quote: str) -> str:

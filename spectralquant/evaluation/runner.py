@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from spectralquant.errors import ConfigError
+from spectralquant.errors import ConfigError, SpectralQuantError
 from spectralquant.evaluation.methods import Prepared, Subject, find_method
 from spectralquant.evaluation.plan import Plan
 from spectralquant.evaluation.tasks import Task, Unit, find_task
@@ -26,6 +26,9 @@ _RECORDED = ("torch", "transformers", "optimum-quanto", "hqq", "spectralquant")
 
 def run(plan: Plan, subject: Subject, command: str = "", progress: bool = True) -> list[dict[str, Any]]:
     """All rows of `plan`; those in `subject.folder` already are not measured again.
+
+    A method that can't be prepared here (its package is missing, it refuses the model) is left out and named with the reason in the
+    configuration.
 
     Args:
         command: The command line that repeats the run, for the record.
@@ -42,21 +45,28 @@ def run(plan: Plan, subject: Subject, command: str = "", progress: bool = True) 
     work = [(task, unit) for task in tasks for unit in task.units(plan, subject)]
     missing = [(task, unit, [n for n in methods if (task.name, unit.key, n) not in done]) for task, unit in work]
     prepared: dict[str, Prepared] = {}
+    unavailable: dict[str, str] = {}
     with (
         tqdm(total=sum(len(names) for *_, names in missing), unit="row", disable=not progress) as bar,
         (subject.folder / ROWS).open("a", encoding="utf-8") as file,
     ):
         for task, unit, names in missing:
             for name in names:
-                if name not in prepared:
+                if name not in prepared and name not in unavailable:
                     bar.set_postfix_str(f"preparing {name}")
-                    prepared[name] = methods[name].prepare(subject)
-            for row in _measure(task, unit, plan, subject, {n: prepared[n] for n in names}):
+                    try:
+                        prepared[name] = methods[name].prepare(subject)
+                    except SpectralQuantError as error:
+                        unavailable[name] = str(error)
+                        begin(plan, subject, command, unavailable)
+            for row in _measure(task, unit, plan, subject, {n: prepared[n] for n in names if n in prepared}):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 rows.append(row)
                 bar.set_postfix_str(f"{unit.key} {row['method']}")
                 bar.update()
+    if not rows:
+        raise ConfigError("no method could be prepared: " + "; ".join(f"{k}: {v}" for k, v in unavailable.items()))
     return rows
 
 
@@ -70,8 +80,8 @@ def _measure(task: Task, unit: Unit, plan: Plan, subject: Subject, methods: dict
         began = time.perf_counter()
 
 
-def begin(plan: Plan, subject: Subject, command: str) -> None:
-    """Write the configuration, or check it against the one that is there."""
+def begin(plan: Plan, subject: Subject, command: str, unavailable: dict[str, str] | None = None) -> None:
+    """Check the plan against the one in the folder, if any, and write the configuration."""
     subject.folder.mkdir(parents=True, exist_ok=True)
     path = subject.folder / CONFIG
     wanted = json.loads(json.dumps(plan.as_json()))
@@ -85,6 +95,7 @@ def begin(plan: Plan, subject: Subject, command: str) -> None:
     document = {
         "plan": wanted,
         "command": command,
+        "unavailable": unavailable or {},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "dtype": str(subject.model.dtype).removeprefix("torch."),

@@ -1,4 +1,6 @@
-"""This package at each preset: real packed codes, read by the real attention."""
+"""This package at each preset, or with any other arguments of its engine: real packed codes, read by the real attention."""
+
+from typing import Any
 
 from transformers.cache_utils import Cache
 
@@ -11,8 +13,20 @@ INDEX_BITS = 32
 """Of the slot number of an exact token, per layer."""
 
 
-def _prepare(subject: Subject, preset: str) -> Prepared:
-    engine = SpectralQuantEngine(compression=preset)
+def method_for(name: str, label: str, **options: Any) -> Method:
+    """This package as a method, with the arguments `options` of `SpectralQuantEngine`.
+
+    All such methods share the subject's calibration, which is made where it is missing: arguments of an engine change how a calibration is used.
+
+    Raises:
+        ConfigError: An argument is out of its range.
+    """
+    SpectralQuantEngine(**options)  # refuses bad arguments now, not in the middle of a run
+    return Method(name, label, "spectralquant", False, lambda subject: _prepare(subject, options))
+
+
+def _prepare(subject: Subject, options: dict[str, Any]) -> Prepared:
+    engine = SpectralQuantEngine(**options)
     path = subject.calibration or subject.folder / "calibration.safetensors"
     if path.exists():
         engine.load_calibration(path)
@@ -43,8 +57,4 @@ def exact_tokens(cache: Cache) -> int:
     return 0 if segment is None else segment.length - segment.packed
 
 
-def _ours(preset: str) -> Method:
-    return Method(preset, f"spectralquant {preset}", "spectralquant", False, lambda subject: _prepare(subject, preset))
-
-
-METHODS = tuple(_ours(preset) for preset in PRESETS)
+METHODS = tuple(method_for(preset, f"spectralquant {preset}", compression=preset) for preset in PRESETS)
