@@ -52,7 +52,7 @@ def load_original(path: Path) -> Profile:
         stacklevel=3,
     )
     tokens = min(int(r.get("n_samples", 0)) for r in rows)
-    return Profile(layers, CHOICES, 0.0, {}, {"tokens": tokens, "corpus": "original package"})
+    return Profile(layers, CHOICES, {}, {"tokens": tokens, "corpus": "original package"})
 
 
 def _layer(tensors: Any, places: set[tuple[int, str, int]], layer: int, source: Path) -> LayerProfile:

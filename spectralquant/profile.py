@@ -24,7 +24,7 @@ from torch import Tensor
 from spectralquant.errors import ProfileError
 from spectralquant.rope import Rotary
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KEY, VALUE = "key", "value"
 
 
@@ -53,6 +53,7 @@ class LayerProfile:
         peak: Largest |k| or |v| seen: decides which 16-bit dtype holds exact tokens of float32 models.
         rotary: Rotation of the keys, or None for the plain frame.
         key_error: Median error of the K codes as a multiple of what the spectrum predicts: below 1 where few large keys make the variance.
+        exact_share: Share of the mid-text tokens that should stay exact (see `Choices`) in calibration.
     """
 
     key: SideProfile
@@ -61,6 +62,7 @@ class LayerProfile:
     peak: float
     rotary: Rotary | None = None
     key_error: float = 1.0
+    exact_share: float = 0.0
 
     @property
     def heads(self) -> int:
@@ -107,7 +109,6 @@ class Profile:
     Attributes:
         layers: Layer index in the model -> its profile. Layers that are not coded (sliding window, recurrent) are absent.
         choices: See `Choices`.
-        exact_share: Share of mid-text tokens that `choices.exact_below` kept exact in calibration, mean over layers.
         model: Fingerprint of the model, a flat dictionary (see `calibration.hf.fingerprint`).
         certificate: What calibration measured: tokens, seconds, the menu's table, KL and agreement of the winner.
         codebooks: Planes of V -> layer index -> joint codebooks [H, B, P / B, D / B] (see `codec.joint`) trained so far. They follow from the spectra, so
@@ -116,10 +117,14 @@ class Profile:
 
     layers: dict[int, LayerProfile]
     choices: Choices
-    exact_share: float
     model: dict[str, Any]
     certificate: dict[str, Any] = field(default_factory=dict)
     codebooks: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+
+    @property
+    def exact_share(self) -> float:
+        """Mean over layers."""
+        return sum(layer.exact_share for layer in self.layers.values()) / max(len(self.layers), 1)
 
     def require_model(self, fingerprint: dict[str, Any]) -> None:
         """Raise ProfileError unless the profile was made for the model with this fingerprint, or names no model at all (see `original_format`)."""
@@ -139,11 +144,11 @@ class Profile:
             "format": "spectralquant",
             "version": str(FORMAT_VERSION),
             "choices": json.dumps(asdict(self.choices)),
-            "exact_share": repr(self.exact_share),
             "model": json.dumps(self.model, sort_keys=True),
             "certificate": json.dumps(self.certificate),
             "peak": json.dumps({i: p.peak for i, p in self.layers.items()}),
             "key_error": json.dumps({i: p.key_error for i, p in self.layers.items()}),
+            "exact_share": json.dumps({i: p.exact_share for i, p in self.layers.items()}),
             "interleaved": json.dumps({i: p.rotary.interleaved for i, p in self.layers.items() if p.rotary}),
         }
         header["checksum"] = _checksum(tensors, header)
@@ -227,12 +232,13 @@ def _to_tensors(profile: Profile) -> dict[str, Tensor]:
 
 def _from_tensors(tensors: dict[str, Tensor], header: dict[str, str]) -> Profile:
     interleaved = {int(i): flag for i, flag in json.loads(header["interleaved"]).items()}
-    peak, key_error = ({int(i): float(value) for i, value in json.loads(header[name]).items()} for name in ("peak", "key_error"))
+    numbers = ("peak", "key_error", "exact_share")
+    peak, key_error, exact_share = ({int(i): float(value) for i, value in json.loads(header[name]).items()} for name in numbers)
     layers: dict[int, LayerProfile] = {}
     for i in sorted({int(name.split(".")[1]) for name in tensors}):
         sides = {n: SideProfile(*(tensors[f"layers.{i}.{n}.{p}"] for p in ("mean", "basis", "variance"))) for n in (KEY, VALUE)}
         rotary = Rotary(tensors[f"layers.{i}.inv_freq"], interleaved[i]) if i in interleaved else None
-        layers[i] = LayerProfile(sides[KEY], sides[VALUE], tensors[f"layers.{i}.value_norm"], peak[i], rotary, key_error[i])
+        layers[i] = LayerProfile(sides[KEY], sides[VALUE], tensors[f"layers.{i}.value_norm"], peak[i], rotary, key_error[i], exact_share[i])
         _require_shapes(i, layers[i])
     codebooks: dict[int, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -249,7 +255,6 @@ def _from_tensors(tensors: dict[str, Tensor], header: dict[str, str]) -> Profile
     return Profile(
         layers,
         Choices(**json.loads(header["choices"])),
-        float(header["exact_share"]),
         json.loads(header["model"]),
         json.loads(header["certificate"]),
         codebooks,

@@ -75,7 +75,7 @@ def choose(
         if choices == best and rows:
             continue
         try:
-            profile = _with_typical_errors(fit_profile(statistics, choices), windows, preset, scalar)
+            profile = with_exact_tokens(fit_profile(statistics, choices), windows, preset, config, scalar)
             result = measure(model, windows, profile, preset, config, scalar)
         except ConfigError:
             if not rows:
@@ -89,7 +89,7 @@ def choose(
     winner = next((r for r in reversed(rows) if r["kept"]), None)
     if winner is None:
         raise CalibrationError(f"no candidate gave a finite KL (got {rows[0]['kl']}): the model's logits are not finite; try bfloat16 or float32")
-    profile = _with_typical_errors(fit_profile(statistics, best), windows, preset, scalar)
+    profile = with_exact_tokens(fit_profile(statistics, best), windows, preset, config, scalar)
     if quantizer != scalar:
         winner = measure(model, windows, profile, preset, config, quantizer, lambda share: progress(f"training codebooks: {share:.0%}"))
     profile.certificate.update(
@@ -116,19 +116,23 @@ def _prepare(model: PreTrainedModel, ids: Tensor) -> _Window:
     return _Window(context, ids[:, split:], logits.float().log_softmax(-1))
 
 
-def _with_typical_errors(profile: Profile, windows: list[_Window], preset: CompressionPreset, quantizer: str) -> Profile:
-    """`profile` with every layer's median K error, measured on the contexts of the windows, against which unusual keys are recognised."""
+def with_exact_tokens(profile: Profile, windows: list[_Window], preset: CompressionPreset, config: CacheConfig, quantizer: str) -> Profile:
+    """`profile` with what it takes to recognise tokens that should stay exact, measured on the contexts of the windows: every layer's median
+    K error, against which unusual keys stand out, and the share of such tokens."""
     layers = {}
     device = windows[0].scored.device
     for index, codec in build_codec(profile, preset, Dials(), device, quantizer).items():
-        errors = []
+        errors, values = [], []
         for window in windows:
             layer: Any = window.context.layers[index]
-            keys, values = layer.keys, layer.values
-            slots, start = torch.arange(keys.shape[2], device=device), torch.zeros(1, dtype=torch.int64, device=device)
-            planes, gains, _, _ = codec.encode(keys, values, slots, start)
-            errors.append(codec.key_error(keys, planes, gains, slots, start).flatten())
-        layers[index] = replace(profile.layers[index], key_error=float(torch.cat(errors).median()))
+            slots, start = torch.arange(layer.keys.shape[2], device=device), torch.zeros(1, dtype=torch.int64, device=device)
+            planes, gains, _, _ = codec.encode(layer.keys, layer.values, slots, start)
+            errors.append(codec.key_error(layer.keys, planes, gains, slots, start)[:, config.sinks :])
+            values.append(layer.values[:, :, config.sinks :])
+        error = torch.cat(errors, 1)
+        typical = float(error.median())
+        need = replace(codec, exact_error=profile.choices.exact_error * typical).exact_need(torch.cat(values, 2), error)
+        layers[index] = replace(profile.layers[index], key_error=typical, exact_share=float((need > 1).float().mean()))
     return replace(profile, layers=layers)
 
 

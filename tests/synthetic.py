@@ -33,8 +33,8 @@ def profile(
     made = {}
     for i in layers:
         own = rotary and Rotary(rotary.inv_freq.clone(), rotary.interleaved)  # as calibration reads it: one a layer
-        made[i] = LayerProfile(side(heads, dim, decay, 10 * i), side(heads, dim, decay, 10 * i + 5), torch.ones(heads), 12.0 + i, own)
-    return Profile(made, Choices(**choices), exact_share, {"architecture": "Fake", "layers": len(layers), "weights": "abc"}, {"tokens": 5})
+        made[i] = LayerProfile(side(heads, dim, decay, 10 * i), side(heads, dim, decay, 10 * i + 5), torch.ones(heads), 12.0 + i, own, exact_share=exact_share)
+    return Profile(made, Choices(**choices), {"architecture": "Fake", "layers": len(layers), "weights": "abc"}, {"tokens": 5})
 
 
 def samples(part: SideProfile, count: int, batch: int = 1) -> Tensor:

@@ -125,16 +125,10 @@ class Segment:
         self.packed += count
 
     def _choose_exact(self, values: Tensor, slots: Tensor, key_error: Tensor) -> Tensor:
-        """[B, T] bool: sinks, and within the bound the tokens that the code would serve badly. Those are secondary attention sinks, whose value is
-        far smaller than usual, and keys whose code is far off, `key_error` [B, T] in multiples of the expected error."""
+        """[B, T] bool: sinks, and within the bound the tokens that the code would serve badly; key_error [B, T]."""
         position = slots[None] - self.start[:, None]
         sinks = (position >= 0) & (position < self.config.sinks)
-        size = (values.float().square().sum(-1) / self.codec.value_norm[:, None]).mean(1)
-        need = torch.zeros_like(size)  # above 1: should stay exact, the higher the more
-        if self.codec.exact_below > 0:
-            need = self.codec.exact_below / size.clamp_min(1e-12)
-        if self.codec.exact_error > 0:
-            need = torch.maximum(need, key_error / self.codec.exact_error)
+        need = self.codec.exact_need(values, key_error)
         wanted = (need > 1) & (position >= self.config.sinks)
         secondary = self._within_bound(need.masked_fill(~wanted, 0.0))
         self.secondary = self.secondary + secondary.sum(-1)
@@ -142,10 +136,10 @@ class Segment:
 
     def _within_bound(self, need: Tensor) -> Tensor:
         """The entries of `need` [B, T] to keep exact: positive ones, unit by unit the largest first, such that after every unit at most
-        `max_exact_share` of the tokens packed so far are exact. What came in one piece or in many makes no difference."""
+        `exact_bound` of the tokens packed so far are exact. What came in one piece or in many makes no difference."""
         by_unit = need.unflatten(1, (-1, UNIT))
         tokens = self.packed + UNIT * torch.arange(1, by_unit.shape[1] + 1, device=need.device, dtype=torch.float64)
-        allowed = (tokens * self.config.max_exact_share).long()
+        allowed = (tokens * min(self.codec.exact_bound, self.config.max_exact_share)).long()
         wanted = (by_unit > 0).sum(-1).cumsum(1)
         # used_u = min(used_{u-1} + wanted_u, allowed_u), written out: the tightest of all bounds so far.
         used = wanted + torch.minimum((allowed - wanted).cummin(1).values, self.secondary[:, None])

@@ -18,7 +18,7 @@ PLAIN_POSITIONS = 2048
 
 def fit_profile(statistics: ModelStatistics, choices: Choices, certificate: dict[str, Any] | None = None) -> Profile:
     """The profile of a model under `choices`. Costs two eigen-decompositions per head; nothing is run."""
-    layers, shares = {}, []
+    layers = {}
     for index, stats in statistics.layers.items():
         rotary = statistics.rotary.get(index)
         norms = torch.cat(stats.value_norms, 1)
@@ -28,9 +28,9 @@ def fit_profile(statistics: ModelStatistics, choices: Choices, certificate: dict
         covariances = [shrink(m.covariance, statistics.tokens) if few else m.covariance for m in (keys, values)]
         key = _fit_key(keys.mean, covariances[0], stats.queries.second, rotary, choices)
         value = _fit_value(values.mean, covariances[1], statistics.output_metric.get(index), choices)
-        layers[index] = LayerProfile(key, value, median.float(), stats.peak, rotary)
-        shares.append(float(((norms / median[:, None]).mean(0) < choices.exact_below).double().mean()))
-    return Profile(layers, choices, sum(shares) / len(shares), statistics.fingerprint, certificate or {})
+        share = float(((norms / median[:, None]).mean(0) < choices.exact_below).double().mean())
+        layers[index] = LayerProfile(key, value, median.float(), stats.peak, rotary, exact_share=share)
+    return Profile(layers, choices, statistics.fingerprint, certificate or {})
 
 
 def _fit_key(mean: Tensor, covariance: Tensor, queries: Tensor, rotary: Rotary | None, choices: Choices) -> SideProfile:

@@ -18,7 +18,7 @@ def load_model(name: str | None, dtype: str | None = None) -> tuple[Any, Any, st
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, options = (name, {}) if name is not None else ("", {})
-    label = name or "SmolLM2-135M-Instruct"
+    label = "SmolLM2-135M-Instruct" if name is None else Path(name).name if Path(name).is_dir() else name
     if name is None:
         path = demo_model_path()
         folder, options = str(path.parent), {"gguf_file": path.name}

@@ -13,13 +13,19 @@ from spectralquant.profile import Profile
 
 PROMISE_SLACK = 0.005
 """A preset's ratio may be missed by this share, never by more: planes come in groups of 16."""
+GAIN_BITS = 16
+"""Two 8-bit gains of a token and head."""
+INDEX_BITS = 32
+"""Slot number of an exact token, once a layer."""
+EQUAL_SHARE = 0.2
+"""Part of the exact tokens that layers share equally: other text may need them where calibration text did not."""
 
 
 def plane_counts(profile: Profile, preset: CompressionPreset, dials: Dials) -> tuple[int, int]:
     """(P_K, P_V), the same for every coded layer and a multiple of 16 each.
 
     A packed token and head costs 2 bits a plane and two 8-bit gains; a share of `profile.exact_share` of the tokens costs 16 bits
-    an element on top. The largest total that keeps `preset.ratio` (within `PROMISE_SLACK`) is split so that V gets
+    an element and a slot number on top. The largest total that keeps `preset.ratio` (within `PROMISE_SLACK`) is split so that V gets
     `choices.value_shift` bits per element more than K, as nearly as groups of 16 allow.
     """
     dims = {layer.head_dim for layer in profile.layers.values()}
@@ -29,8 +35,7 @@ def plane_counts(profile: Profile, preset: CompressionPreset, dials: Dials) -> t
     require_head_dim(dim)
     if dials.any_set:
         return _dialled_planes(profile, preset, dials, dim)
-    dense_bits = 2 * 16 * dim
-    spendable = dense_bits / preset.ratio * (1 + PROMISE_SLACK) - 16 - profile.exact_share * dense_bits
+    spendable = _promised_bits(profile, preset) - GAIN_BITS - profile.exact_share * _exact_bits(profile)
     groups = int(spendable / 2 // CHUNK_PLANES)
     if groups < 2:
         raise ConfigError(f"compression={preset.name!r} leaves {groups} groups of planes for head size {dim}; at least 2 are needed")
@@ -38,6 +43,31 @@ def plane_counts(profile: Profile, preset: CompressionPreset, dials: Dials) -> t
     key_groups = min(max(round((groups - shift) / 2), 1), groups - 1)
     limit = dim * BIT_WIDTHS[-1] // 2 // CHUNK_PLANES
     return min(key_groups, limit) * CHUNK_PLANES, min(groups - key_groups, limit) * CHUNK_PLANES
+
+
+def exact_bounds(profile: Profile, preset: CompressionPreset, dials: Dials, planes: int) -> dict[int, float]:
+    """Layer index -> largest share of its packed tokens that may stay exact beside `planes` planes in all, such that the promise holds on any text.
+
+    The layers share what the promise leaves as they shared the exact tokens of calibration, but none goes without. Dialled sizes promise nothing.
+    """
+    if dials.any_set:
+        return dict.fromkeys(profile.layers, 1.0)
+    left = max((_promised_bits(profile, preset) - GAIN_BITS - 2 * planes) / _exact_bits(profile), 0.0)
+    mean = profile.exact_share
+    relative = {i: layer.exact_share / mean if mean else 1.0 for i, layer in profile.layers.items()}
+    return {i: left * (EQUAL_SHARE + (1 - EQUAL_SHARE) * r) for i, r in relative.items()}
+
+
+def _promised_bits(profile: Profile, preset: CompressionPreset) -> float:
+    """Bits of a token and head, K and V, that keep the preset's ratio within the slack."""
+    dim = next(iter(profile.layers.values())).head_dim
+    return 2 * 16 * dim / preset.ratio * (1 + PROMISE_SLACK)
+
+
+def _exact_bits(profile: Profile) -> float:
+    """Bits that an exact token costs a head: K and V in 16 bits, and its part of the slot number."""
+    layer = next(iter(profile.layers.values()))
+    return 2 * 16 * layer.head_dim + INDEX_BITS / layer.heads
 
 
 def require_head_dim(dim: int) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from spectralquant.codebook import distortion_table
-from spectralquant.codec.budget import coordinate_bits, plane_counts
+from spectralquant.codec.budget import coordinate_bits, exact_bounds, plane_counts
 from spectralquant.codec.joint import JointPlanes, block_index, fit_codebooks
 from spectralquant.codec.layout import RecordLayout, gain_codes, gain_values
 from spectralquant.codec.quantizer import EPS, MAX_BITS, Quantizer, build_quantizer, scalar_of
@@ -95,6 +95,7 @@ class LayerCodec:
         value_norm: [H] float32, medians of |v|^2.
         exact_below: See `Choices`.
         exact_error: Tokens whose K error is above this multiple of the expected one stay exact.
+        exact_bound: Largest share of the packed tokens that may stay exact, what the preset's promise leaves to this layer.
         exact_dtype: 16-bit dtype that holds exact tokens of a float32 model.
     """
 
@@ -106,6 +107,7 @@ class LayerCodec:
     value_norm: Tensor
     exact_below: float
     exact_error: float
+    exact_bound: float
     exact_dtype: torch.dtype
 
     @property
@@ -127,6 +129,22 @@ class LayerCodec:
         """Error of the K codes as a multiple of the expected one, mean over heads, [B, T]; arguments as for, and from, `encode`."""
         error = self.key.error(self._centre_keys(keys, slots, start), planes, gains)
         return error.mean(1) / max(self.key_expected, EPS)
+
+    def exact_need(self, values: Tensor, key_error: Tensor) -> Tensor:
+        """How much tokens should stay exact, [B, T]: above 1 they should, the higher the more. Those are secondary attention sinks, whose value is
+        far smaller than usual, and tokens whose K code is far off.
+
+        Args:
+            values: [B, H, T, D].
+            key_error: [B, T] from `key_error`.
+        """
+        need = torch.zeros_like(key_error)
+        if self.exact_below > 0:
+            size = (values.float().square().sum(-1) / self.value_norm[:, None]).mean(1)
+            need = self.exact_below / size.clamp_min(1e-12)
+        if self.exact_error > 0:
+            need = torch.maximum(need, key_error / self.exact_error)
+        return need
 
     def _centre_keys(self, keys: Tensor, slots: Tensor, start: Tensor) -> Tensor:
         """Keys in the stored frame, mean taken off, float32."""
@@ -208,6 +226,7 @@ def build_codec(
         progress: Called with the share of the codebooks trained so far.
     """
     layout, frames = RecordLayout(*plane_counts(profile, preset, dials)), {}
+    bounds = exact_bounds(profile, preset, dials, layout.key_planes + layout.value_planes)
     choices, device = profile.choices, torch.device(device)
     books: dict[int, Tensor] = {}
     if quantizer == "joint" and not dials.any_set:
@@ -230,6 +249,7 @@ def build_codec(
             layer.value_norm.to(device),
             choices.exact_below,
             choices.exact_error * layer.key_error,
+            bounds[index],
             torch.float16 if layer.peak < torch.finfo(torch.float16).max / 4 else torch.bfloat16,
         )
     return out

@@ -1,5 +1,7 @@
 """One layer's storage."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -64,7 +66,7 @@ def test_update_keeps_secondary_sinks_exact_within_the_bound(codec: LayerCodec) 
     segment.update(keys, values)
     used = (segment.exact_slots >= 0).sum(-1)
     assert (used > CONFIG.sinks).all()
-    assert (used <= CONFIG.sinks + CONFIG.max_exact_share * segment.packed).all()
+    assert (used <= CONFIG.sinks + min(codec.exact_bound, CONFIG.max_exact_share) * segment.packed).all()
 
 
 def test_update_keeps_badly_coded_keys_exact(codec: LayerCodec) -> None:
@@ -87,9 +89,11 @@ def test_update_keeps_badly_coded_keys_exact(codec: LayerCodec) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.04])
 @pytest.mark.parametrize("wanted", [0.005, 0.03, 0.5])
-def test_within_bound_takes_the_neediest_of_every_unit(codec: LayerCodec, share: float, wanted: float) -> None:
+@pytest.mark.parametrize("by_codec", [False, True])
+def test_within_bound_takes_the_neediest_of_every_unit(codec: LayerCodec, share: float, wanted: float, by_codec: bool) -> None:
     """Against the rule applied unit by unit in plain Python."""
-    segment = Segment(codec, CacheConfig(max_exact_share=share), random_kv(codec, 1)[0], torch.zeros(2, dtype=torch.int64))
+    config, bound = (CacheConfig(), share) if by_codec else (CacheConfig(max_exact_share=share), 1.0)
+    segment = Segment(replace(codec, exact_bound=bound), config, random_kv(codec, 1)[0], torch.zeros(2, dtype=torch.int64))
     need = torch.rand(2, 12 * UNIT) * (torch.rand(2, 12 * UNIT) < wanted)
     got = segment._within_bound(need)
     for row in range(2):

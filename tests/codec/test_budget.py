@@ -1,12 +1,14 @@
 """Promises kept, widths that add up."""
 
+from dataclasses import replace
+
 import pytest
 import synthetic
 import torch
 from tolerances import FLOAT64
 
 from spectralquant.allocation import water_fill
-from spectralquant.codec.budget import PROMISE_SLACK, coordinate_bits, plane_counts, require_head_dim, semantic_size
+from spectralquant.codec.budget import PROMISE_SLACK, coordinate_bits, exact_bounds, plane_counts, require_head_dim, semantic_size
 from spectralquant.codec.layout import CHUNK_PLANES, RecordLayout
 from spectralquant.config import Dials
 from spectralquant.errors import ConfigError, ShapeError
@@ -24,9 +26,9 @@ def sized(dim: int, exact_share: float = 0.0, value_shift: float = 0.25) -> Prof
 
 
 def ratio(dim: int, key_planes: int, value_planes: int, exact_share: float) -> float:
-    """FP16 bytes / bytes of a token's record and its share of exact tokens."""
+    """FP16 bytes / bytes of a token's record and its share of exact tokens, with a slot number of 4 bytes for the one head."""
     dense = 2 * 2 * dim
-    return dense / (RecordLayout(key_planes, value_planes).bytes_per_token + exact_share * dense)
+    return dense / (RecordLayout(key_planes, value_planes).bytes_per_token + exact_share * (dense + 4))
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
@@ -40,6 +42,24 @@ def test_plane_counts_keeps_the_promise(dim: int, exact_share: float, preset: st
     assert ratio(dim, key, value, exact_share) >= promised / (1 + PROMISE_SLACK) * (1 - FLOAT64)
     assert ratio(dim, key, value + CHUNK_PLANES, exact_share) < promised / (1 + PROMISE_SLACK)
     assert PROMISE_SLACK <= 0.005
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize("shares", [(0.0, 0.0), (0.01, 0.001), (0.002, 0.002)])
+@pytest.mark.parametrize("dim", SIZES)
+def test_exact_bounds_spend_what_the_promise_leaves(dim: int, shares: tuple[float, float], preset: str) -> None:
+    """Text that wants more exact tokens than calibration did gets no more than that; layers share it as they did in calibration, roughly."""
+    profile = sized(dim)
+    profile = replace(profile, layers={i: replace(profile.layers[0], exact_share=share) for i, share in enumerate(shares)})
+    key, value = plane_counts(profile, PRESETS[preset], NO_DIALS)
+    first, second = exact_bounds(profile, PRESETS[preset], NO_DIALS, key + value).values()
+    assert ratio(dim, key, value, (first + second) / 2) == pytest.approx(PRESETS[preset].ratio / (1 + PROMISE_SLACK))
+    assert (first + second) / 2 >= profile.exact_share and min(first, second) > 0
+    assert (first > second) == (shares[0] > shares[1])
+
+
+def test_exact_bounds_with_dials_leave_it_to_the_cache() -> None:
+    assert exact_bounds(sized(64), HIGH, Dials(avg_bits=3), 200) == {0: 1.0}
 
 
 @pytest.mark.parametrize("dim", SIZES)

@@ -100,5 +100,5 @@ def test_profile_keeps_what_was_trained(tmp_path: Path) -> None:
     loaded = load_profile(profile.save(tmp_path / "p"))
     assert loaded.codebooks.keys() == {80} and value_codebooks(loaded, 80) is loaded.codebooks[80]
     assert all(torch.equal(loaded.codebooks[80][i], books[i]) for i in profile.layers)
-    fresh = Profile(profile.layers, profile.choices, profile.exact_share, profile.model)
+    fresh = Profile(profile.layers, profile.choices, profile.model)
     assert all(torch.equal(value_codebooks(fresh, 80)[i], books[i]) for i in profile.layers)

@@ -134,5 +134,5 @@ def test_a_file_of_no_use_is_replaced(subject: Subject) -> None:
     path = subject.folder / pca.FILE
     path.write_bytes(path.read_bytes()[:200])
     assert principal_components(subject).layers.keys() == made.layers.keys()
-    Profile(made.layers, synthetic.profile().choices, 0.0, made.model).save(path)  # this model's, in another frame
+    Profile(made.layers, synthetic.profile().choices, made.model).save(path)  # this model's, in another frame
     assert principal_components(subject).choices == pca.CHOICES
