@@ -20,6 +20,10 @@ from spectralquant.codec.packed import PackedKV
 from spectralquant.config import CacheConfig
 from spectralquant.errors import ShapeError
 
+EARLY = 4
+"""Exact tokens that a layer may have beyond its share: secondary sinks come at the first delimiters of a text, before a share allows any. Like the
+sinks they are few per sequence, whatever its length."""
+
 
 class Segment:
     """Keys and values of B sequences in one layer.
@@ -136,10 +140,11 @@ class Segment:
 
     def _within_bound(self, need: Tensor) -> Tensor:
         """The entries of `need` [B, T] to keep exact: positive ones, unit by unit the largest first, such that after every unit at most
-        `exact_bound` of the tokens packed so far are exact. What came in one piece or in many makes no difference."""
+        `EARLY` and a share `exact_bound` of the tokens packed so far are exact. What came in one piece or in many makes no difference."""
         by_unit = need.unflatten(1, (-1, UNIT))
         tokens = self.packed + UNIT * torch.arange(1, by_unit.shape[1] + 1, device=need.device, dtype=torch.float64)
-        allowed = (tokens * min(self.codec.exact_bound, self.config.max_exact_share)).long()
+        share = min(self.codec.exact_bound, self.config.max_exact_share)
+        allowed = (tokens * share).long() + (EARLY if share else 0)
         wanted = (by_unit > 0).sum(-1).cumsum(1)
         # used_u = min(used_{u-1} + wanted_u, allowed_u), written out: the tightest of all bounds so far.
         used = wanted + torch.minimum((allowed - wanted).cummin(1).values, self.secondary[:, None])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spectralquant.cache.segment import Segment
+from spectralquant.cache.segment import EARLY, Segment
 from spectralquant.codec.codec import LayerCodec
 from spectralquant.codec.layout import UNIT
 from spectralquant.config import CacheConfig
@@ -66,7 +66,7 @@ def test_update_keeps_secondary_sinks_exact_within_the_bound(codec: LayerCodec) 
     segment.update(keys, values)
     used = (segment.exact_slots >= 0).sum(-1)
     assert (used > CONFIG.sinks).all()
-    assert (used <= CONFIG.sinks + min(codec.exact_bound, CONFIG.max_exact_share) * segment.packed).all()
+    assert (used <= CONFIG.sinks + EARLY + min(codec.exact_bound, CONFIG.max_exact_share) * segment.packed).all()
 
 
 def test_update_keeps_badly_coded_keys_exact(codec: LayerCodec) -> None:
@@ -100,7 +100,7 @@ def test_within_bound_takes_the_neediest_of_every_unit(codec: LayerCodec, share:
         used = 0
         for unit in range(12):
             mine = need[row, unit * UNIT : (unit + 1) * UNIT]
-            count = min(int((mine > 0).sum()), int(share * UNIT * (unit + 1)) - used)
+            count = min(int((mine > 0).sum()), int(share * UNIT * (unit + 1)) + (EARLY if share else 0) - used)
             used += count
             want = set(mine.argsort(descending=True)[:count].tolist())
             assert set(got[row, unit * UNIT : (unit + 1) * UNIT].nonzero()[:, 0].tolist()) == want
