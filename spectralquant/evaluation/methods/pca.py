@@ -40,29 +40,33 @@ class StaticCode:
         mean: [H, 1, D].
         basis: [H, D, D], orthonormal columns.
         deviation: [H, 1, D], standard deviations of the coordinates.
-        widths: [H, D] bits; a coordinate of 0 bits is decoded as its mean.
+        boundaries: [H, D, 255], between the levels of a coordinate's width, then infinity.
+        levels: [H, D, 256]; a coordinate of 0 bits has the level 0, its mean.
     """
 
     mean: Tensor
     basis: Tensor
     deviation: Tensor
-    widths: Tensor
+    boundaries: Tensor
+    levels: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, H, n, D] -> what is decoded."""
         unit = ((x.float() - self.mean) @ self.basis) / self.deviation
-        by_coordinate = unit.permute(1, 3, 0, 2)  # [H, D, B, n], so that one mask picks all coordinates of a width
-        decoded = torch.zeros_like(by_coordinate)
-        for width in WIDTHS[1:]:
-            at, book = self.widths == width, lloyd_max_codebook(width)
-            decoded[at] = book.lookup(book.assign(by_coordinate[at]))
+        by_coordinate = unit.permute(1, 3, 0, 2).flatten(2).contiguous()  # [H, D, B * n]
+        decoded = self.levels.gather(-1, torch.searchsorted(self.boundaries, by_coordinate)).unflatten(-1, (len(x), -1))
         return ((decoded.permute(2, 0, 3, 1) * self.deviation) @ self.basis.mT + self.mean).to(x.dtype)
 
 
 def static_code(side: SideProfile, bits: float, device: torch.device) -> StaticCode:
     """The code of one side at a mean of `bits` per coordinate, rounded down to whole bits per vector."""
     widths = water_fill(side.variance, budget(bits, side.mean.shape[-1]), WIDTHS, "lloyd-max")
-    return StaticCode(side.mean[:, None].to(device), side.basis.to(device), side.variance.sqrt()[:, None].to(device), widths.to(device))
+    boundaries, levels = torch.full((len(WIDTHS), 255), torch.inf), torch.zeros(len(WIDTHS), 256)
+    for width in WIDTHS[1:]:
+        book = lloyd_max_codebook(width)
+        boundaries[width, : len(book.boundaries)], levels[width, : len(book.levels)] = book.boundaries, book.levels
+    deviation = side.variance.sqrt()[:, None]
+    return StaticCode(*(t.to(device) for t in (side.mean[:, None], side.basis, deviation, boundaries[widths], levels[widths])))
 
 
 def budget(bits: float, dim: int) -> int:
