@@ -54,7 +54,7 @@ from spectralquant.evaluation.runner import write_json
 from spectralquant.evaluation.tasks.base import continue_with, hand_over, read_context
 from spectralquant.evaluation.texts import read_text, spread_windows, tokenise
 from spectralquant.profile import Choices, Profile
-from spectralquant.selection import _prepare, choose, with_exact_tokens
+from spectralquant.selection import choose, prepare, with_exact_tokens
 
 PRESET, CHUNK = "high", 16
 SIZES, EVERYTHING = (2000, 4000, 8000, 16_000, 32_000), 10**9
@@ -203,7 +203,7 @@ def study_menu(bench: Bench) -> list[Job]:
     rows = base.profile.certificate["menu"]
     winner = max(i for i, row in enumerate(rows) if row["kept"])
     with engine.applied_to(bench.model):
-        windows = [_prepare(bench.model, ids) for ids in samples.held_out]
+        windows = prepare(bench.model, samples.held_out)
 
     def candidate(index: int) -> Calibrated:
         row, choices = rows[index], Choices(**rows[index]["choices"])

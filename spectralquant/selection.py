@@ -45,8 +45,14 @@ CHANGES: tuple[dict[str, Any], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class _Window:
-    """A held-out window: the uncompressed cache of its context, its scored tokens [1, S], and their log-probabilities [S, V]."""
+class HeldOut:
+    """Held-out windows as one batch of W.
+
+    Attributes:
+        context: Uncompressed cache of their contexts.
+        scored: [W, S], the tokens that follow.
+        reference: [W, S, vocabulary] float32, log-probabilities of the uncompressed model.
+    """
 
     context: DynamicCache
     scored: Tensor
@@ -67,7 +73,7 @@ def choose(
     Candidates are ranked with scalar quantizers, whose codebooks need no training; under "joint" the winner is measured once more with its own.
     """
     scalar = scalar_of(quantizer)
-    windows = [_prepare(model, ids) for ids in held_out]
+    windows = prepare(model, held_out)
     rows: list[dict[str, Any]] = []
     best, best_score = Choices(), float("inf")
     for change in ({}, *CHANGES):
@@ -96,8 +102,8 @@ def choose(
         {
             "preset": preset.name,
             "quantizer": quantizer,
-            "windows": len(windows),
-            "scored_tokens": sum(w.scored.shape[1] for w in windows),
+            "windows": len(windows.scored),
+            "scored_tokens": windows.scored.numel(),
             "kl": winner["kl"],
             "agreement": winner["agreement"],
             "menu": rows,
@@ -106,39 +112,37 @@ def choose(
     return profile
 
 
-def _prepare(model: PreTrainedModel, ids: Tensor) -> _Window:
+def prepare(model: PreTrainedModel, held_out: list[Tensor]) -> HeldOut:
+    """Run the uncompressed model once over windows [1, T], all of one length."""
+    ids = torch.cat(held_out).to(model.device)
     split = ids.shape[1] - max(ids.shape[1] // SCORED_SHARE, 1)
     context = DynamicCache(config=model.config.get_text_config(decoder=True))
-    ids = ids.to(model.device)
     with torch.no_grad():
         model.base_model(input_ids=ids[:, :split], use_cache=True, **cache_argument(model, context))
-        logits = model(input_ids=ids[:, split:], use_cache=True, **cache_argument(model, deepcopy(context))).logits[0]
-    return _Window(context, ids[:, split:], logits.float().log_softmax(-1))
+        logits = model(input_ids=ids[:, split:], use_cache=True, **cache_argument(model, deepcopy(context))).logits
+    return HeldOut(context, ids[:, split:], torch.stack([row.float().log_softmax(-1) for row in logits]))
 
 
-def with_exact_tokens(profile: Profile, windows: list[_Window], preset: CompressionPreset, config: CacheConfig, quantizer: str) -> Profile:
+def with_exact_tokens(profile: Profile, windows: HeldOut, preset: CompressionPreset, config: CacheConfig, quantizer: str) -> Profile:
     """`profile` with what it takes to recognise tokens that should stay exact, measured on the contexts of the windows: every layer's median
     K error, against which unusual keys stand out, and the share of such tokens."""
     layers = {}
-    device = windows[0].scored.device
+    device = windows.scored.device
+    start = torch.zeros(len(windows.scored), dtype=torch.int64, device=device)
     for index, codec in build_codec(profile, preset, Dials(), device, quantizer).items():
-        errors, values = [], []
-        for window in windows:
-            layer: Any = window.context.layers[index]
-            slots, start = torch.arange(layer.keys.shape[2], device=device), torch.zeros(1, dtype=torch.int64, device=device)
-            planes, gains, _, _ = codec.encode(layer.keys, layer.values, slots, start)
-            errors.append(codec.key_error(layer.keys, planes, gains, slots, start)[:, config.sinks :])
-            values.append(layer.values[:, :, config.sinks :])
-        error = torch.cat(errors, 1)
+        layer: Any = windows.context.layers[index]
+        slots = torch.arange(layer.keys.shape[2], device=device)
+        planes, gains, _, _ = codec.encode(layer.keys, layer.values, slots, start)
+        error = codec.key_error(layer.keys, planes, gains, slots, start)[:, config.sinks :]
         typical = float(error.median())
-        need = replace(codec, exact_error=profile.choices.exact_error * typical).exact_need(torch.cat(values, 2), error)
+        need = replace(codec, exact_error=profile.choices.exact_error * typical).exact_need(layer.values[:, :, config.sinks :], error)
         layers[index] = replace(profile.layers[index], key_error=typical, exact_share=float((need > 1).float().mean()))
     return replace(profile, layers=layers)
 
 
 def measure(
     model: PreTrainedModel,
-    windows: list[_Window],
+    windows: HeldOut,
     profile: Profile,
     preset: CompressionPreset,
     config: CacheConfig,
@@ -146,16 +150,15 @@ def measure(
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, float]:
     """Mean KL (nats per token), score (see above) and argmax agreement of `profile` over the windows."""
-    codecs = build_codec(profile, preset, Dials(), model.device, quantizer, progress)
+    cache = SpectralCache(model.config, build_codec(profile, preset, Dials(), model.device, quantizer, progress), config)
+    cache.fill(deepcopy(windows.context))
+    with torch.no_grad():
+        logits = model(input_ids=windows.scored, use_cache=True, **cache_argument(model, cache)).logits
     divergence, agree = [], []
-    for window in windows:
-        cache = SpectralCache(model.config, codecs, config)
-        cache.fill(deepcopy(window.context))
-        with torch.no_grad():
-            logits = model(input_ids=window.scored, use_cache=True, **cache_argument(model, cache)).logits[0]
-        got = logits.float().log_softmax(-1)
-        divergence.append((window.reference.exp() * (window.reference - got)).sum(-1))
-        agree.append((window.reference.argmax(-1) == got.argmax(-1)).float())
+    for want, row in zip(windows.reference, logits, strict=True):  # one by one: a large vocabulary makes these the largest tensors of all
+        got = row.float().log_softmax(-1)
+        divergence.append((want.exp() * (want - got)).sum(-1))
+        agree.append((want.argmax(-1) == got.argmax(-1)).float())
     kl = torch.cat(divergence)
     score = kl.clamp_min(0).sqrt().mean().square()  # rounding can leave -1e-9
     return {"kl": float(kl.mean()), "score": float(score), "agreement": float(torch.cat(agree).mean())}

@@ -40,6 +40,7 @@ class StaticCode:
         mean: [H, 1, D].
         basis: [H, D, D], orthonormal columns.
         deviation: [H, 1, D], standard deviations of the coordinates.
+        widths: [H, D] bits.
         boundaries: [H, D, 255], between the levels of a coordinate's width, then infinity.
         levels: [H, D, 256]; a coordinate of 0 bits has the level 0, its mean.
     """
@@ -47,6 +48,7 @@ class StaticCode:
     mean: Tensor
     basis: Tensor
     deviation: Tensor
+    widths: Tensor
     boundaries: Tensor
     levels: Tensor
 
@@ -66,7 +68,7 @@ def static_code(side: SideProfile, bits: float, device: torch.device) -> StaticC
         book = lloyd_max_codebook(width)
         boundaries[width, : len(book.boundaries)], levels[width, : len(book.levels)] = book.boundaries, book.levels
     deviation = side.variance.sqrt()[:, None]
-    return StaticCode(*(t.to(device) for t in (side.mean[:, None], side.basis, deviation, boundaries[widths], levels[widths])))
+    return StaticCode(*(t.to(device) for t in (side.mean[:, None], side.basis, deviation, widths, boundaries[widths], levels[widths])))
 
 
 def budget(bits: float, dim: int) -> int:
