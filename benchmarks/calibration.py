@@ -133,10 +133,16 @@ def read_references(model: Any, tokenizer: Any, texts: dict[str, str], args: arg
 
 
 def score(bench: Bench, profile: Profile) -> dict[str, dict[str, Any]]:
-    """Text -> mean KL with its standard error, and (mean sqrt KL)^2, which is what the menu goes by."""
-    engine, device, found = SpectralQuantEngine(compression=PRESET), bench.model.device, {}
+    """`score_engine` of the default engine with this calibration."""
+    engine = SpectralQuantEngine(compression=PRESET)
     with TemporaryDirectory() as folder:
         engine.load_calibration(profile.save(Path(folder) / "calibration"))
+    return score_engine(bench, engine)
+
+
+def score_engine(bench: Bench, engine: SpectralQuantEngine) -> dict[str, dict[str, Any]]:
+    """Text -> mean KL with its standard error, and (mean sqrt KL)^2, which is what the menu goes by."""
+    device, found = bench.model.device, {}
     with engine.applied_to(bench.model):
         for name, references in bench.references.items():
             kl = []

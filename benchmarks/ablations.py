@@ -1,0 +1,112 @@
+"""What each part of the codec is worth: the recipe as shipped, and with one thing changed at a time.
+
+    python benchmarks/ablations.py [--model M] --text prose=FILE --text code=FILE [--context 1024] [--windows 6] --out FILE
+
+One collection of statistics; every line is fitted from it and scored like the studies of benchmarks/calibration.py. Texts must be development
+text: what is chosen by these lines may not be reported on them. FILE is written after every line and gone on with when it is there.
+"""
+
+import argparse
+import platform
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from calibration import PRESET, Bench, lines_so_far, named_text, read_references, score_engine, without_folders
+from tqdm.auto import tqdm
+
+from spectralquant import SpectralQuantEngine
+from spectralquant.cache.hf import coded_layer_indices
+from spectralquant.calibration.fit import fit_profile
+from spectralquant.calibration.hf import collect
+from spectralquant.cli.models import load_model
+from spectralquant.codec.quantizer import scalar_of
+from spectralquant.corpus import make_samples
+from spectralquant.evaluation.plan import DEFAULT_TEXTS
+from spectralquant.evaluation.runner import write_json
+from spectralquant.evaluation.texts import read_text
+from spectralquant.profile import Choices
+from spectralquant.selection import prepare, with_exact_tokens
+
+STEPS: dict[str, dict[str, Any]] = {
+    "as shipped": {},
+    "V in scalar uniform planes": {"quantizer": "uniform"},
+    "K and V with Lloyd-Max levels, widths 0 to 8": {"quantizer": "lloyd-max"},
+    "statistics weigh all tokens alike": {"token_weights": False},
+    "no query metric for K": {"query_metric": False},
+    "no output metric for V": {"output_metric": False},
+    "plain PCA: none of these three": {"token_weights": False, "query_metric": False, "output_metric": False},
+    "K in the plain frame": {"run": 0},
+    "K in runs of 128 tokens": {"run": 128},
+    "K in runs of 512 tokens": {"run": 512},
+    "constant mean of K instead of the trajectory": {"trajectory": False},
+    "gain of K: rms": {"key_gain": "rms"},
+    "gain of K: unbiased": {"key_gain": "unbiased"},
+    "gain of V: rms": {"value_gain": "rms"},
+    "gain of V: least squares": {"value_gain": "ls"},
+    "K gets as many bits as V": {"value_shift": 0.0},
+    "K gets 0.25 bits more than V": {"value_shift": -0.25},
+    "no exact tokens in mid-text": {"exact_below": 0.0, "exact_error": 0.0},
+    "exact: small values only": {"exact_error": 0.0},
+    "exact: badly coded keys only": {"exact_below": 0.0},
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    sources = dict(args.text or DEFAULT_TEXTS.items())
+    model, tokenizer, label = load_model(args.model, "float32")
+    settings = {"model": without_folders(label), "dtype": "float32", "preset": PRESET, **{k: getattr(args, k) for k in ("context", "windows", "scored")}}
+    settings["texts"] = {name: without_folders(source) for name, source in sources.items()}
+    lines = lines_so_far(args.out, settings)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    command = " ".join(["python benchmarks/ablations.py", *map(without_folders, argv)])
+    document = {"settings": settings, "command": command, "device": device, "versions": {name: version(name) for name in ("torch", "transformers")}}
+    missing = [step for step in args.step or STEPS if step not in {line["step"] for line in lines}]
+    if missing:
+        texts = {name: read_text(source) for name, source in sources.items()}
+        bench = Bench(model, tokenizer, read_references(model, tokenizer, texts, args), args, lines)
+        run(bench, missing, document)
+
+
+def run(bench: Bench, missing: list[str], document: dict[str, Any]) -> None:
+    """Measure the steps `missing`; the file is written after every line."""
+    samples = make_samples(bench.tokenizer, None)
+    engine = SpectralQuantEngine(compression=PRESET)
+    with tqdm(total=samples.tokens, unit="tok", desc="statistics", leave=False) as bar:
+        statistics = collect(bench.model, samples.statistics, coded_layer_indices(bench.model), bar.update)
+    with engine.applied_to(bench.model):
+        held_out = prepare(bench.model, samples.held_out)
+    for step in tqdm(missing, desc="ablations", unit="line"):
+        change = dict(STEPS[step])
+        quantizer = change.pop("quantizer", engine.quantizer)
+        profile = fit_profile(statistics, replace(Choices(), **change))
+        profile = with_exact_tokens(profile, held_out, engine.preset, engine.cache_config, scalar_of(quantizer))
+        changed = SpectralQuantEngine(compression=PRESET, quantizer=quantizer)
+        with TemporaryDirectory() as folder:
+            changed.load_calibration(profile.save(Path(folder) / "calibration"))
+        found = score_engine(bench, changed)
+        bench.lines.append({"step": step, "changed": STEPS[step], "exact_share": profile.exact_share, "texts": found})
+        write_json(bench.args.out, {**document, "lines": bench.lines})
+        tqdm.write(f"{step}: " + "  ".join(f"{text} {x['kl']:.4f} +- {x['kl_se']:.4f}" for text, x in found.items()))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder, GGUF file or hub name; default: SmolLM2-135M-Instruct from the demo extra")
+    parser.add_argument("--text", action="append", type=named_text, metavar="NAME=SOURCE", help="a file, a .jsonl file, or stdlib:module,module")
+    parser.add_argument("--step", action="append", choices=list(STEPS), help="measure these alone (may be repeated)")
+    parser.add_argument("--context", type=int, default=1024, help="tokens in the cache before the first scored one (default 1024)")
+    parser.add_argument("--windows", type=int, default=6, help="windows per text, spread evenly over it (default 6)")
+    parser.add_argument("--scored", type=int, default=256, help="scored tokens per window (default 256)")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="JSON; gone on with when it is there")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
