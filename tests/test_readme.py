@@ -38,7 +38,7 @@ def test_python_blocks_run_in_order(page: str, llama: PreTrainedModel, tokenizer
         llama.set_attn_implementation(before)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "docs/evaluation.md"])
 def test_shell_commands_exist(page: str) -> None:
     """Extras that are installed are in pyproject.toml, sub-commands parse, scripts are there."""
     extras = set(metadata("spectralquant").get_all("Provides-Extra") or ())
