@@ -53,8 +53,10 @@ def bits_all_in(cache: Cache) -> float:
 def exact_tokens(cache: Cache) -> int:
     """Sinks and recent window of one layer."""
     assert isinstance(cache, SpectralCache)
-    segment = cache.coded_layers[0].segment
-    return 0 if segment is None else segment.length - segment.packed
+    layer = cache.coded_layers[0]
+    if layer.segment is None:
+        return 0
+    return layer.segment.length - layer.segment.packed + min(layer.config.sinks, layer.segment.packed)
 
 
 METHODS = tuple(method_for(preset, f"spectralquant {preset}", compression=preset) for preset in PRESETS)

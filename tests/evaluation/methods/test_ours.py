@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectralquant import SpectralQuantEngine
+from spectralquant.config import CacheConfig
 from spectralquant.errors import ConfigError
 from spectralquant.evaluation.methods import METHODS, Subject
 from spectralquant.evaluation.methods.ours import method_for
@@ -48,7 +49,7 @@ def test_options_are_the_engine_s(subject: Subject, context: list[tuple[torch.Te
         assert cache.coded_layers[0].codec.layout == layout and cache.nbytes == own.nbytes
         planes = (2 * (layout.key_planes + layout.value_planes) + 16) / (2 * dim)
         assert planes <= prepared.bits(cache) < planes + 1  # exact tokens come on top
-        assert prepared.exact(cache) == CONTEXT - 128
+        assert prepared.exact(cache) == CONTEXT - 128 + CacheConfig().sinks
 
 
 def test_calibration_is_made_once_and_shared(subject: Subject, monkeypatch: pytest.MonkeyPatch, llama_calibration: Path) -> None:
