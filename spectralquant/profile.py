@@ -26,6 +26,8 @@ from spectralquant.rope import Rotary
 
 FORMAT_VERSION = 2
 KEY, VALUE = "key", "value"
+NORM_FLOOR = 1e-12
+"""Least |v|^2 of a token: a head of zeros, as pruning leaves them, has values of the usual size, not attention sinks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spectralquant.calibration.hf import TOKENS_PER_DIMENSION, ModelStatistics
 from spectralquant.calibration.spectrum import shrink, spectral_basis
-from spectralquant.profile import Choices, LayerProfile, Profile, SideProfile
+from spectralquant.profile import NORM_FLOOR, Choices, LayerProfile, Profile, SideProfile
 from spectralquant.rope import Rotary
 
 RELATIVE_POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
@@ -21,8 +21,8 @@ def fit_profile(statistics: ModelStatistics, choices: Choices, certificate: dict
     layers = {}
     for index, stats in statistics.layers.items():
         rotary = statistics.rotary.get(index)
-        norms = torch.cat(stats.value_norms, 1)
-        median = norms.median(1).values.clamp_min(1e-12)
+        norms = torch.cat(stats.value_norms, 1).clamp_min(NORM_FLOOR)
+        median = norms.median(1).values
         keys, values = (stats.seen_keys, stats.seen_values) if choices.token_weights else (stats.keys, stats.values)
         few = statistics.tokens < TOKENS_PER_DIMENSION * keys.mean.shape[-1]
         covariances = [shrink(m.covariance, statistics.tokens) if few else m.covariance for m in (keys, values)]

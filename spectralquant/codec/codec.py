@@ -27,8 +27,11 @@ from spectralquant.codec.layout import RecordLayout, gain_codes, gain_values
 from spectralquant.codec.quantizer import EPS, MAX_BITS, Quantizer, build_quantizer, scalar_of
 from spectralquant.config import Dials
 from spectralquant.presets import CompressionPreset
-from spectralquant.profile import LayerProfile, Profile, SideProfile
+from spectralquant.profile import NORM_FLOOR, LayerProfile, Profile, SideProfile
 from spectralquant.rope import Rotary
+
+TINY = 1e-30
+"""Floor of squares in the units of a model, which may be small: a head whose values are 1e-6 has the gains of any other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +70,9 @@ class SideCodec:
     def _gain(self, z: Tensor, shape: Tensor, rms: Tensor) -> Tensor:
         if self.gain == "rms":
             return rms
-        cross = (z * shape).sum(-1, keepdim=True).clamp_min(EPS)
+        cross = (z * shape).sum(-1, keepdim=True).clamp_min(TINY)
         if self.gain == "ls":
-            return (cross / (shape * shape).sum(-1, keepdim=True).clamp_min(EPS)).clamp_min(EPS)
+            return (cross / (shape * shape).sum(-1, keepdim=True).clamp_min(TINY)).clamp_min(EPS)
         return ((z * z).sum(-1, keepdim=True) / cross).clamp_min(EPS)
 
     def decode(self, planes: Tensor, codes: Tensor) -> Tensor:
@@ -140,7 +143,7 @@ class LayerCodec:
         """
         need = torch.zeros_like(key_error)
         if self.exact_below > 0:
-            size = (values.float().square().sum(-1) / self.value_norm[:, None]).mean(1)
+            size = (values.float().square().sum(-1).clamp_min(NORM_FLOOR) / self.value_norm[:, None]).mean(1)
             need = self.exact_below / size.clamp_min(1e-12)
         if self.exact_error > 0:
             need = torch.maximum(need, key_error / self.exact_error)

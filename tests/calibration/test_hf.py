@@ -1,0 +1,53 @@
+"""Reading a model's rotation."""
+
+import pytest
+import synthetic
+import torch
+from tiny_models import tiny_model
+from torch import Tensor
+
+from spectralquant.calibration.hf import collect, read_rotary
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FAR = 131_072
+"""Positions of a long context."""
+
+
+def read(frequencies: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """[R / 2] frequencies as calibration reads them from a sample of `length` tokens, whose cos and sin the model has in `dtype`."""
+    angle = (torch.arange(length).double()[:, None] * frequencies).repeat(1, 2)[None]
+    rotary = read_rotary(tiny_model("llama").model.layers[0].self_attn, angle.cos().to(dtype), angle.sin().to(dtype), 2 * len(frequencies))
+    assert rotary is not None and not rotary.interleaved
+    return rotary.inv_freq
+
+
+@pytest.mark.parametrize(("dtype", "phase"), [(torch.float32, 0.001), (torch.float16, 0.01), (torch.bfloat16, 0.04)])
+@pytest.mark.parametrize("base", [10_000.0, 1_000_000.0])
+def test_read_rotary_is_precise_in_any_dtype(dtype: torch.dtype, phase: float, base: float) -> None:
+    """From one sample, angles at the far end of a long context are right to `phase` radians, though bfloat16 rounds those of position 1 by 0.004."""
+    want = synthetic.inv_freq(32, base)
+    assert ((read(want, 1024, dtype) - want) * FAR).abs().max() < phase
+
+
+@pytest.mark.parametrize("length", [2, 3, 16, 17, 100, 1000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_read_rotary_improves_with_length(dtype: torch.dtype, length: int) -> None:
+    """Whatever the length, the phase at its end is right to the rounding of one angle."""
+    want = synthetic.inv_freq(32)
+    assert ((read(want, length, dtype) - want) * (length - 1)).abs().max() <= torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_read_rotary_of_any_frequencies(dtype: torch.dtype) -> None:
+    """No rule is assumed: up to nearly half a turn per position, backwards too."""
+    want = torch.cat([torch.tensor([3.1, -3.1, 0.0], dtype=torch.float64), torch.randn(29, dtype=torch.float64).clamp(-3, 3)])
+    assert ((read(want, 1024, dtype) - want) * 1024).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_collect_finds_the_rotation_of_every_layer(family: str, dtype: torch.dtype) -> None:
+    """Samples as long as calibration's: without it K would be coded in the plain frame, at a multiple of the error."""
+    statistics = collect(tiny_model(family, dtype), [torch.randint(3, 199, (1, 1024))], [0, 1, 2])
+    assert statistics.rotary.keys() == {0, 1, 2}
+    assert len({tuple(r.inv_freq.tolist()) for r in statistics.rotary.values()}) == 1
