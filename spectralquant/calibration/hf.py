@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from spectralquant.calibration.statistics import LayerStatistics, felt_errors
+from spectralquant.calibration.statistics import LayerStatistics, felt_errors, matmul_precision
 from spectralquant.errors import CalibrationError, UnsupportedModelError
 from spectralquant.rope import Rotary
 
@@ -203,7 +203,9 @@ def collect(model: PreTrainedModel, samples: list[Tensor], coded: list[int], pro
         raise UnsupportedModelError(f"{type(model).__name__} has no attention layer that grows with the text: there is nothing to compress")
     statistics = ModelStatistics(fingerprint(model))
     recorder = _Recorder(statistics, set(coded))
-    with _recording(model, recorder), _fast_products(), torch.no_grad():
+    # Float32 products may round their factors to bfloat16 where the hardware gains by it: a relative error of 2^-9 in a covariance is nothing
+    # beside the quantizer's, and calibration takes half the time on a CPU with bfloat16 instructions.
+    with _recording(model, recorder), matmul_precision("medium"), torch.no_grad():
         for ids in samples:
             model.base_model(input_ids=ids.to(model.device), use_cache=False)
             statistics.tokens += max(ids.shape[1] - SKIP, 0)
@@ -222,18 +224,6 @@ def collect(model: PreTrainedModel, samples: list[Tensor], coded: list[int], pro
             stacklevel=2,
         )
     return statistics
-
-
-@contextmanager
-def _fast_products() -> Iterator[None]:
-    """Let float32 products round their factors to bfloat16 where the hardware gains by it: a relative error of 2^-9 in a covariance is
-    nothing beside the quantizer's, and calibration takes half the time on a CPU with bfloat16 instructions."""
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def felt_errors(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor
         skip: First positions that stay exact. The nearest `NEAR` tokens stay exact too, or a quarter of a short text.
     """
     flat = queries.flatten(1, 2)
-    with precise_products():
+    with matmul_precision("highest"):  # logits reach thousands where keys have large biases, and their differences matter
         scores = flat @ keys.mT
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -145,11 +145,11 @@ def felt_errors(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor
 
 
 @contextmanager
-def precise_products() -> Iterator[None]:
-    """float32 products in full, whatever the setting: logits reach thousands where keys have large biases, and their differences matter."""
+def matmul_precision(setting: str) -> Iterator[None]:
+    """torch's float32 matmul precision for the length of a with block: "highest" or "medium"."""
     before = torch.get_float32_matmul_precision()
     try:
-        torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision(setting)
         yield
     finally:
         torch.set_float32_matmul_precision(before)

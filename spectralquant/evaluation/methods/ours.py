@@ -5,12 +5,10 @@ from typing import Any
 from transformers.cache_utils import Cache
 
 from spectralquant.cache.hf import SpectralCache
+from spectralquant.codec.budget import INDEX_BITS
 from spectralquant.engine import SpectralQuantEngine
 from spectralquant.evaluation.methods.base import Method, Prepared, Subject
 from spectralquant.presets import PRESETS
-
-INDEX_BITS = 32
-"""Of the slot number of an exact token, per layer."""
 
 
 def method_for(name: str, label: str, **options: Any) -> Method:
