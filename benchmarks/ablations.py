@@ -7,16 +7,13 @@ text: what is chosen by these lines may not be reported on them. FILE is written
 """
 
 import argparse
-import platform
 import sys
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from calibration import PRESET, Bench, lines_so_far, named_text, read_references, score_engine, without_folders
+from calibration import PRESET, Bench, describe, lines_so_far, named_text, read_references, score_engine, without_folders
 from tqdm.auto import tqdm
 
 from spectralquant import SpectralQuantEngine
@@ -61,12 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     sources = dict(args.text or DEFAULT_TEXTS.items())
     model, tokenizer, label = load_model(args.model, "float32")
-    settings = {"model": without_folders(label), "dtype": "float32", "preset": PRESET, **{k: getattr(args, k) for k in ("context", "windows", "scored")}}
-    settings["texts"] = {name: without_folders(source) for name, source in sources.items()}
-    lines = lines_so_far(args.out, settings)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    command = " ".join(["python benchmarks/ablations.py", *map(without_folders, argv)])
-    document = {"settings": settings, "command": command, "device": device, "versions": {name: version(name) for name in ("torch", "transformers")}}
+    document = describe(args, label, sources, " ".join(["python benchmarks/ablations.py", *map(without_folders, argv)]))
+    lines = lines_so_far(args.out, document["settings"])
     missing = [step for step in args.step or STEPS if step not in {line["step"] for line in lines}]
     if missing:
         texts = {name: read_text(source) for name, source in sources.items()}

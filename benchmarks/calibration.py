@@ -253,12 +253,17 @@ def measure(args: argparse.Namespace, command: str) -> None:
     sources = dict(args.text or DEFAULT_TEXTS.items())
     texts = {name: read_text(source) for name, source in sources.items()}
     model, tokenizer, label = load_model(args.model, "float32")
+    document = describe(args, label, sources, command)
+    lines = lines_so_far(args.out, document["settings"])
+    run(Bench(model, tokenizer, read_references(model, tokenizer, texts, args), args, lines), document)
+
+
+def describe(args: argparse.Namespace, label: str, sources: dict[str, str], command: str) -> dict[str, Any]:
+    """The head of a result file: what was measured, and on what."""
     settings = {"model": without_folders(label), "dtype": "float32", "preset": PRESET, **{k: getattr(args, k) for k in ("context", "windows", "scored")}}
     settings["texts"] = {name: without_folders(source) for name, source in sources.items()}
-    lines = lines_so_far(args.out, settings)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    document = {"settings": settings, "command": command, "device": device, "versions": {name: version(name) for name in ("torch", "transformers")}}
-    run(Bench(model, tokenizer, read_references(model, tokenizer, texts, args), args, lines), document)
+    return {"settings": settings, "command": command, "device": device, "versions": {name: version(name) for name in ("torch", "transformers")}}
 
 
 def without_folders(text: str) -> str:
