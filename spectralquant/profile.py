@@ -83,7 +83,7 @@ class Choices:
         query_metric: K is coded in the metric of the logits, E[q^T q].
         output_metric: V is coded in the metric of the layer's output, W_O W_O^T.
         token_weights: Statistics of K and V weight tokens by how much their errors are felt.
-        key_gain, value_gain: "rms", "ls" or "unbiased" (see `codec.codec`).
+        key_gain, value_gain: "ls", "unbiased" or "search" (see `codec.codec`).
         value_shift: Bits per element that V has more than K.
         exact_below: A token stays exact when its |v|^2 is below this share of the layer's median; 0 turns it off.
         exact_error: A token stays exact when the error of its K code, in the metric of K, is above this multiple of the layer's median; 0
@@ -95,7 +95,7 @@ class Choices:
     query_metric: bool = True
     output_metric: bool = True
     token_weights: bool = True
-    key_gain: str = "ls"
+    key_gain: str = "search"
     value_gain: str = "unbiased"
     value_shift: float = 0.25
     exact_below: float = 0.06

@@ -36,7 +36,6 @@ GAIN_NEEDED = 0.9
 CHANGES: tuple[dict[str, Any], ...] = (
     {"exact_below": 0.0, "exact_error": 0.0},
     {"token_weights": False},
-    {"key_gain": "rms"},
     {"value_shift": -0.25},
     {"query_metric": False},
     {"output_metric": False},

@@ -475,7 +475,7 @@ def test_scales_of_heads_do_not_matter() -> None:
             torch.testing.assert_close(other[layer], errors, rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize(("quantizer", "gain"), [("uniform", "rms"), ("uniform", "ls"), ("uniform", "unbiased"), ("joint", "unbiased")])
+@pytest.mark.parametrize(("quantizer", "gain"), [("uniform", "ls"), ("uniform", "search"), ("uniform", "unbiased"), ("joint", "unbiased")])
 @pytest.mark.parametrize("unit", [2.0**-24, 2.0**16])
 def test_units_do_not_matter(unit: float, gain: str, quantizer: str) -> None:
     """Everything in another unit, 6e-8 or 65536 of the old one: the same codes, and vectors in the new unit, bit for bit."""

@@ -52,7 +52,7 @@ def tensors_of(layer: LayerProfile) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_load_profile_gives_back_what_was_saved(tmp_path: Path, interleaved: bool) -> None:
-    profile = make(interleaved, key_gain="rms", value_shift=0.1, run=64, trajectory=False, exact_below=0.2)
+    profile = make(interleaved, key_gain="ls", value_shift=0.1, run=64, trajectory=False, exact_below=0.2)
     loaded = load_profile(profile.save(tmp_path / "p"))
     assert [layer.exact_share for layer in loaded.layers.values()] == [layer.exact_share for layer in profile.layers.values()]
     assert (loaded.choices, loaded.exact_share, loaded.model, loaded.certificate) == (
@@ -110,14 +110,14 @@ def test_save_that_fails_leaves_the_old_file_alone(saved: Path, monkeypatch: pyt
     with monkeypatch.context() as patched:
         patched.setattr(failing, fail)
         with pytest.raises(type(error)):
-            make(key_gain="rms").save(saved)
+            make(key_gain="ls").save(saved)
     assert os.listdir(saved.parent) == [saved.name]  # noqa: PTH208
     assert saved.read_bytes() == before
 
 
 def test_save_replaces_an_old_file(saved: Path) -> None:
-    make(key_gain="rms").save(saved)
-    assert load_profile(saved).choices.key_gain == "rms"
+    make(key_gain="ls").save(saved)
+    assert load_profile(saved).choices.key_gain == "ls"
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
 
 

@@ -5,10 +5,13 @@
 
 `c_p` is the p-th plane, a base-4 digit of the code: because a uniform mid-rise level is linear in its code, decoding is one product with a
 constant matrix W [P, D], and attention can work on the planes themselves. W may also be any other matrix whose codes are found by a search (see
-`codec.joint`), or have one row per coordinate and levels from a table (`codec.quantizer`). The stored gain is refit after quantization:
+`codec.joint`), or have one row per coordinate and levels from a table (`codec.quantizer`). The stored gain is not g:
 
-- "rms": g itself;  "ls": <z, q> / <q, q>, the least squares fit;  "unbiased": <z, z> / <z, q>, which makes <z, z^> = <z, z>: a
-  mean-square quantizer returns shrunken values, and attention averages noise away but not shrinkage.
+- "ls": <z, q> / <q, q>, the least squares fit to the quantized shape q;
+- "unbiased": <z, z> / <z, q>, which makes <z, z^> = <z, z>: a mean-square quantizer returns shrunken values, and attention averages noise
+  away but not shrinkage;
+- "search": stored gains have steps of 9 %, and a key whose length is off is off by that share of its largest logits. So codes are taken for
+  the gain that will be stored, for the least squares one and its neighbours, and the gain with the least |z - z^| is kept.
 
 K of an anchored layer is coded as `k R(-t0)`, t0 the position of the first token of its run of `run` tokens, minus the trajectory
 mean `mean R(j)`, j the offset in the run. Computed in float32; 8-bit log gains cover 2^-15.9 .. 2^15.9.
@@ -23,13 +26,15 @@ from torch import Tensor
 from spectralquant.codebook import distortion_table
 from spectralquant.codec.budget import coordinate_bits, exact_bounds, plane_counts
 from spectralquant.codec.joint import JointPlanes, block_index, fit_codebooks
-from spectralquant.codec.layout import RecordLayout, gain_codes, gain_values
+from spectralquant.codec.layout import MAX_GAIN, RecordLayout, gain_codes, gain_values
 from spectralquant.codec.quantizer import EPS, MAX_BITS, Quantizer, build_quantizer, scalar_of
 from spectralquant.config import Dials
 from spectralquant.presets import CompressionPreset
 from spectralquant.profile import NORM_FLOOR, LayerProfile, Profile, SideProfile
 from spectralquant.rope import Rotary
 
+NEAR_GAINS = (0, -1, 1)
+"""Gain codes that "search" tries, relative to the least squares one. Five are no better than three."""
 TINY = 1e-30
 """Floor of squares in the units of a model, which may be small: a head whose values are 1e-6 has the gains of any other."""
 
@@ -64,16 +69,26 @@ class SideCodec:
         kept = self.quantizer.kept.float()[:, None]
         rms = ((u * u * kept).sum(-1, keepdim=True) / kept.sum(-1, keepdim=True)).sqrt().clamp_min(EPS)
         planes, levels = self.quantizer.quantize(u / rms)
-        gain = self._gain(u * self.scale[:, None] * kept, levels * self.scale[:, None], rms)
-        return planes, gain_codes(gain.squeeze(-1))
+        codes = gain_codes(self._gain(u * self.scale[:, None] * kept, levels * self.scale[:, None], rms).squeeze(-1))
+        return self._search(u, codes) if self.gain == "search" else (planes, codes)
 
     def _gain(self, z: Tensor, shape: Tensor, rms: Tensor) -> Tensor:
-        if self.gain == "rms":
-            return rms
         cross = (z * shape).sum(-1, keepdim=True).clamp_min(TINY)
-        if self.gain == "ls":
-            return (cross / (shape * shape).sum(-1, keepdim=True).clamp_min(TINY)).clamp_min(EPS)
-        return ((z * z).sum(-1, keepdim=True) / cross).clamp_min(EPS)
+        if self.gain == "unbiased":
+            return ((z * z).sum(-1, keepdim=True) / cross).clamp_min(EPS)
+        return (cross / (shape * shape).sum(-1, keepdim=True).clamp_min(TINY)).clamp_min(EPS)
+
+    def _search(self, u: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Planes and gain codes of u [B, H, T, D] with the least error, near the gain codes `start` [B, H, T]."""
+        found = []
+        for step in NEAR_GAINS:
+            codes = (start.int() + step).clamp(1, MAX_GAIN).to(torch.uint8)
+            gain = gain_values(codes)[..., None]
+            planes, levels = self.quantizer.quantize(u / gain)
+            found.append((((levels * gain - u) * self.scale[:, None]).square().sum(-1), planes, codes))
+        error, planes, codes = (torch.stack(parts) for parts in zip(*found, strict=True))
+        best = error.argmin(0, keepdim=True)
+        return planes.gather(0, best[..., None].expand_as(planes[:1]))[0], codes.gather(0, best)[0]
 
     def decode(self, planes: Tensor, codes: Tensor) -> Tensor:
         """planes [B, H, T, P], gain codes [B, H, T] -> [B, H, T, D] float32, mean not added."""

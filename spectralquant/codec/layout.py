@@ -30,8 +30,8 @@ UNIT = 128
 """Tokens per unit."""
 CHUNK_PLANES = 16
 CHUNK_BYTES = UNIT * CHUNK_PLANES * 2 // 8
-MASKED_GAIN = 0
-"""Gain code of a token whose packed slot does not count."""
+MASKED_GAIN, MAX_GAIN = 0, 255
+"""Gain code of a token whose packed slot does not count, and the largest one."""
 GAIN_OFFSET, GAIN_STEPS = 128, 8
 """Gain = 2^((code - GAIN_OFFSET) / GAIN_STEPS)."""
 
@@ -133,5 +133,5 @@ def gain_values(codes: Tensor) -> Tensor:
 
 
 def gain_codes(gains: Tensor) -> Tensor:
-    """Nearest gain codes (1..255, uint8) of positive float32 gains."""
-    return (gains.log2() * GAIN_STEPS).round().add(GAIN_OFFSET).clamp(1, 255).to(torch.uint8)
+    """Nearest gain codes (1..MAX_GAIN, uint8) of positive float32 gains."""
+    return (gains.log2() * GAIN_STEPS).round().add(GAIN_OFFSET).clamp(1, MAX_GAIN).to(torch.uint8)

@@ -15,7 +15,7 @@ from spectralquant.presets import PRESETS
 from spectralquant.profile import Profile
 from spectralquant.rope import Rotary
 
-GAINS = ["rms", "ls", "unbiased"]
+GAINS = ["ls", "unbiased", "search"]
 HIGH, NO_DIALS = PRESETS["high"], Dials()
 ROTARY = Rotary(synthetic.inv_freq(32))
 
@@ -37,7 +37,7 @@ def z_of(profile: Profile, x: torch.Tensor, layer: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("preset", list(PRESETS))
 @pytest.mark.parametrize("gain", GAINS)
 def test_decode_error_is_the_predicted_distortion(preset: str, gain: str) -> None:
-    """For the mean-square gains; "unbiased" pays for its lack of shrinkage, by a factor of 1 / (1 - D)."""
+    """For "ls"; "unbiased" pays for its lack of shrinkage, by a factor of 1 / (1 - D), "search" gains a little."""
     profile = synthetic.profile(dim=96, rotary=None, key_gain=gain)
     side, part = side_codec(profile, preset=preset), profile.layers[0].key
     x = synthetic.samples(part, 3000) - part.mean[:, None]
@@ -48,7 +48,8 @@ def test_decode_error_is_the_predicted_distortion(preset: str, gain: str) -> Non
     coded, dropped = (variance * table[bits] * kept).sum(-1), (variance * ~kept).sum(-1)
     if gain == "unbiased":
         coded = coded / (1 - coded / (variance * kept).sum(-1))
-    assert ((error / (coded + dropped) - 1).abs() < DISTORTION).all()
+    ratio = error / (coded + dropped)
+    assert ((ratio > 0.9) & (ratio < 1)).all() if gain == "search" else ((ratio - 1).abs() < DISTORTION).all()
 
 
 @pytest.mark.parametrize("gain", GAINS)
@@ -76,16 +77,35 @@ def test_encode_ls_gain_minimises_the_error() -> None:
     assert best.min() > 1 / GAIN_ROUNDING and best.max() < GAIN_ROUNDING
 
 
-@pytest.mark.parametrize("other", ["rms", "unbiased"])
-def test_encode_ls_gain_has_the_least_error(other: str) -> None:
+def test_encode_gains_by_error() -> None:
+    """The search beats the least squares fit, which beats the unbiased gain."""
     errors = []
-    for gain in ("ls", other):
+    for gain in ("search", "ls", "unbiased"):
         profile = synthetic.profile(key_gain=gain, decay=0.06)
         side, part = side_codec(profile, preset="max"), profile.layers[0].key
         x = synthetic.samples(part, 2000) - part.mean[:, None]
-        torch.manual_seed(0)
-        errors.append(z_of(profile, side.decode(*side.encode(x)) - x).square().sum())
-    assert errors[0] < errors[1]
+        errors.append(float(z_of(profile, side.decode(*side.encode(x)) - x).square().sum()))
+    assert errors[0] < 0.98 * errors[1] < 0.98 * errors[2]
+
+
+@pytest.mark.parametrize("decay", [0.02, 0.06, 0.15])
+def test_encode_search_gain_is_near_the_best_of_all(decay: float) -> None:
+    """Against every gain code within an octave to either side, tried one by one."""
+    profile = synthetic.profile(key_gain="search", decay=decay)
+    side, part = side_codec(profile), profile.layers[0].key
+    x = synthetic.samples(part, 500) - part.mean[:, None]
+    z, planes, codes = z_of(profile, x), *side.encode(x)
+    deviation = part.variance.double().sqrt()[:, None]
+
+    def error_with(code: torch.Tensor) -> torch.Tensor:
+        gain = gain_values(code)[..., None]
+        _, levels = side.quantizer.quantize((z / deviation).float() / gain)
+        return (levels * gain * deviation - z).square().sum(-1)
+
+    found = z_of(profile, side.decode(planes, codes) - x).square().sum(-1)
+    best = torch.stack([error_with((codes.int() + step).to(torch.uint8)) for step in range(-8, 9)]).amin(0)
+    assert (found >= best * (1 - FLOAT32)).all()
+    assert found.sum() < 1.08 * best.sum()
 
 
 def test_encode_unbiased_gain_keeps_the_energy() -> None:
@@ -98,17 +118,6 @@ def test_encode_unbiased_gain_keeps_the_energy() -> None:
     ratio = (z * decoded).sum(-1) / z.square().sum(-1)
     assert ratio.min() > 1 / GAIN_ROUNDING and ratio.max() < GAIN_ROUNDING
     assert (ratio.mean() - 1).abs() < 0.005
-
-
-def test_encode_rms_gain_is_the_rms_of_the_coded_coordinates() -> None:
-    profile = synthetic.profile(key_gain="rms", decay=0.06)
-    side, part = side_codec(profile), profile.layers[0].key
-    x = synthetic.samples(part, 200) - part.mean[:, None]
-    kept = side.quantizer.kept[:, None]
-    unit = z_of(profile, x) / part.variance.double().sqrt()[:, None] * kept
-    rms = (unit.square().sum(-1) / kept.sum(-1)).sqrt()
-    ratio = gain_values(side.encode(x)[1]) / rms
-    assert ratio.min() > 1 / GAIN_ROUNDING and ratio.max() < GAIN_ROUNDING
 
 
 @pytest.mark.parametrize("gain", GAINS)
@@ -291,8 +300,8 @@ def test_build_codec_with_dials_decodes_what_it_encodes(noise: int) -> None:
 
 
 def test_gain_codes_of_encode_match_the_distortion_of_no_gain_rounding() -> None:
-    """8-bit gains cost at most 2 % of the error at 2 bits: the error with exact least-squares gains is that close."""
-    profile = synthetic.profile(dim=96, key_gain="ls")
+    """Codes are taken for the stored gain, so its rounding costs nothing: an exact gain for the same codes takes 2 % off at most."""
+    profile = synthetic.profile(dim=96, key_gain="search", decay=0.06)
     side, part = side_codec(profile), profile.layers[0].key
     x = synthetic.samples(part, 1000) - part.mean[:, None]
     planes, codes = side.encode(x)
