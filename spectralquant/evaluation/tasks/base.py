@@ -17,6 +17,9 @@ from spectralquant.cache.hf import cache_argument
 from spectralquant.evaluation.methods import Prepared, Subject
 from spectralquant.evaluation.plan import Plan
 
+READ_PIECE = 4096
+"""Tokens of a context read at a time: attention kernels that keep all scores (float32 with grouped queries on a GPU) need memory for so many rows only."""
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:
@@ -52,7 +55,8 @@ class Task:
 def read_context(model: PreTrainedModel, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Uncompressed keys and values [B, H, T, D] of every layer for ids [B, T]; sliding layers in full, so that caches can cut them."""
     cache = DynamicCache()
-    model.base_model(input_ids=ids, use_cache=True, **cache_argument(model, cache))
+    for piece in ids.split(READ_PIECE, 1):
+        model.base_model(input_ids=piece, use_cache=True, **cache_argument(model, cache))
     layers: list[Any] = list(cache.layers)
     return [(layer.keys, layer.values) for layer in layers]
 

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor
+from transformers import DynamicCache
 
 from spectralquant.evaluation.methods import Prepared, Subject
 from spectralquant.evaluation.metrics import token_divergence
@@ -25,24 +24,17 @@ def units(plan: Plan, subject: Subject) -> list[Unit]:
 
 
 def measure(unit: Unit, plan: Plan, subject: Subject, methods: dict[str, Prepared]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The reference is the model over the whole window at once, without a cache."""
+    """The reference is the model with all scored tokens at once after the uncompressed context."""
     model, split = subject.model, unit.fields["context"]
     ids = unit.content.to(model.device)
     context = read_context(model, ids[:, :split])
-    want = _reference(model, ids, split)
+    want = continue_with(model, hand_over(context, DynamicCache()), ids[:, split:], plan.scored).log_softmax(-1)
     for name, method in methods.items():
         cache = hand_over(context, method.cache())
         bits, exact = method.bits(cache), method.exact(cache)
         got = continue_with(model, cache, ids[:, split:], plan.chunk).log_softmax(-1)
         columns: dict[str, Any] = {k: [float(f"{x:.5g}") for x in v.tolist()] for k, v in token_divergence(want, got, ids[0, split + 1 :]).items()}
         yield name, {**columns, "bits": bits, "whole_bits": (bits * (split - exact) + 16.0 * exact) / split}
-
-
-@torch.no_grad()
-def _reference(model: Any, ids: Tensor, split: int) -> Tensor:
-    """Log-probabilities [S, vocabulary] of the tokens from `split` on."""
-    keep = ids.shape[1] - split
-    return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0, -keep:].float().log_softmax(-1)
 
 
 LANGUAGE = Task("language", units, measure)

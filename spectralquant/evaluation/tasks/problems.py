@@ -30,7 +30,7 @@ from spectralquant.prompts import encode, strip_padding, with_pad_token
 
 EXAMPLES = 8
 """Worked examples before every question."""
-BATCH = 16
+BATCH = 32
 NEW_TOKENS = 256
 STOP = re.compile(r"\n\n|Question:")
 """Where an answer ends; base models go on with a question of their own."""
