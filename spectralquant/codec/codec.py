@@ -248,7 +248,7 @@ def build_codec(
     choices, device = profile.choices, torch.device(device)
     books: dict[int, Tensor] = {}
     if quantizer == "joint" and not dials.any_set:
-        books = value_codebooks(profile, layout.value_planes, progress)
+        books = value_codebooks(profile, layout.value_planes, device, progress)
     scalar = scalar_of(quantizer)
     out = {}
     for index, layer in profile.layers.items():
@@ -282,12 +282,14 @@ def _build_frame(layer: LayerProfile, run: int, trajectory: bool, device: torch.
     return AnchoredFrame(rotary, run, trajectory, turns.T.contiguous().to(device))
 
 
-def value_codebooks(profile: Profile, planes: int, progress: Callable[[float], None] = lambda share: None) -> dict[int, Tensor]:
-    """Layer index -> codebooks of V at `planes` planes, from the profile, or trained now and added to it (SmolLM2: some seconds on two cores)."""
+def value_codebooks(
+    profile: Profile, planes: int, device: torch.device | str = "cpu", progress: Callable[[float], None] = lambda share: None
+) -> dict[int, Tensor]:
+    """Layer index -> codebooks of V at `planes` planes, from the profile, or trained now on `device` and added to it (SmolLM2: some seconds on two cores)."""
     if planes not in profile.codebooks:
         variance = torch.cat([layer.value.variance for layer in profile.layers.values()])
         heads = [layer.heads for layer in profile.layers.values()]
-        books = fit_codebooks(variance, planes, lambda done: progress(done / len(variance)))
+        books = fit_codebooks(variance, planes, device, lambda done: progress(done / len(variance)))
         own = (book.clone() for book in books.split(heads))  # storage of their own: it is counted in `nbytes`
         profile.codebooks[planes] = dict(zip(profile.layers, own, strict=True))
     return profile.codebooks[planes]

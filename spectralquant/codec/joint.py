@@ -89,12 +89,13 @@ class JointPlanes:
         return (self.codebook.to(inverse.dtype) @ by_block).flatten(1, 2)
 
 
-def fit_codebooks(variance: Tensor, planes: int, progress: Callable[[int], None] = lambda n: None) -> Tensor:
-    """Codebooks [N, B, P / B, D / B] float32, in unit coordinates, of N heads.
+def fit_codebooks(variance: Tensor, planes: int, device: torch.device | str = "cpu", progress: Callable[[int], None] = lambda n: None) -> Tensor:
+    """Codebooks [N, B, P / B, D / B] float32 on the CPU, in unit coordinates, of N heads.
 
     Args:
         variance: [N, D] float32, descending.
         planes: P, a multiple of 16.
+        device: Where to train. The samples are the same everywhere, sums may round differently.
         progress: Called with the number of heads done so far.
     """
     index = block_index(variance.shape[-1])
@@ -103,7 +104,7 @@ def fit_codebooks(variance: Tensor, planes: int, progress: Callable[[int], None]
     out = []
     for part in blocks.split(max(_AT_ONCE // len(index), 1)):
         flat = part.flatten(0, 1)
-        book = _train(flat, _scalar_planes(flat, planes // len(index)))
+        book = _train(flat.to(device), _scalar_planes(flat, planes // len(index)).to(device)).cpu()
         out.append((book / flat.sqrt()[:, None]).unflatten(0, part.shape[:2]))
         progress(sum(map(len, out)))
     return torch.cat(out)
@@ -113,11 +114,11 @@ def _train(variance: Tensor, book: Tensor) -> Tensor:
     """Codebooks [G, P, d] for Gaussian vectors of variances [G, d], from the start `book`."""
     generator = torch.Generator().manual_seed(0)
     deviation = variance.sqrt()[:, None]
-    book = book + START_NOISE * deviation * torch.randn(book.shape[1:], generator=generator)
-    eye = torch.eye(book.shape[1])
+    book = book + START_NOISE * deviation * torch.randn(book.shape[1:], generator=generator).to(book)
+    eye = torch.eye(book.shape[1], device=book.device)
     for round_ in range(ROUNDS):
         count = SAMPLES * (3 if round_ == ROUNDS - 1 else 1)
-        samples = deviation * torch.randn((count, book.shape[2]), generator=generator)
+        samples = deviation * torch.randn((count, book.shape[2]), generator=generator).to(book)
         book = _by_length(book)
         symbols = nearest_symbols(samples, book, _ridge(variance))
         book = torch.linalg.solve(symbols.mT @ symbols + 1e-5 * count * eye, symbols.mT @ samples)

@@ -83,7 +83,7 @@ def test_degenerate_spectra(variance: torch.Tensor) -> None:
 
 def test_progress_reaches_the_end() -> None:
     seen: list[int] = []
-    fit_codebooks(torch.ones(40, 32), 16, seen.append)
+    fit_codebooks(torch.ones(40, 32), 16, progress=seen.append)
     assert seen == sorted(seen) and seen[-1] == 40 and len(seen) > 1
 
 
