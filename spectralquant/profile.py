@@ -24,7 +24,7 @@ from torch import Tensor
 from spectralquant.errors import ProfileError
 from spectralquant.rope import Rotary
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 KEY, VALUE = "key", "value"
 NORM_FLOOR = 1e-12
 """Least |v|^2 of a token: a head of zeros, as pruning leaves them, has values of the usual size, not attention sinks."""
@@ -75,6 +75,10 @@ class LayerProfile:
         return self.key.mean.shape[1]
 
 
+GAINS = ("ls", "unbiased", "search")
+"""Ways to choose the stored gain, see `codec.codec`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Choices:
     """What calibration chose from its menu, by measured KL.
@@ -85,6 +89,7 @@ class Choices:
         token_weights: Statistics of K and V weight tokens by how much their errors are felt.
         key_gain, value_gain: "ls", "unbiased" or "search" (see `codec.codec`).
         value_shift: Bits per element that V has more than K.
+        planes_first: As many planes as the promise allows, exact tokens from what is left; else room for the exact tokens of calibration text first.
         exact_below: A token stays exact when its |v|^2 is below this share of the layer's median; 0 turns it off.
         exact_error: A token stays exact when the error of its K code, in the metric of K, is above this multiple of the layer's median; 0
             turns it off.
@@ -98,10 +103,16 @@ class Choices:
     key_gain: str = "search"
     value_gain: str = "unbiased"
     value_shift: float = 0.25
+    planes_first: bool = False
     exact_below: float = 0.06
     exact_error: float = 4.0
     run: int = 256
     trajectory: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("key_gain", "value_gain"):
+            if getattr(self, name) not in GAINS:
+                raise ProfileError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(GAINS)}; calibrate again")
 
 
 @dataclass(frozen=True, slots=True)

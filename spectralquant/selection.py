@@ -34,6 +34,7 @@ SCORED_SHARE = 4
 GAIN_NEEDED = 0.9
 """Smaller differences are noise on so few tokens."""
 CHANGES: tuple[dict[str, Any], ...] = (
+    {"planes_first": True},
     {"exact_below": 0.0, "exact_error": 0.0},
     {"token_weights": False},
     {"value_shift": -0.25},

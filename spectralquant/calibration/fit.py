@@ -10,8 +10,9 @@ from spectralquant.calibration.spectrum import shrink, spectral_basis
 from spectralquant.profile import NORM_FLOOR, Choices, LayerProfile, Profile, SideProfile
 from spectralquant.rope import Rotary
 
-RELATIVE_POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000)
-"""Distances over which the query metric is averaged: a query meets a stored run at many of them, near ones most often."""
+NEAREST, FARTHEST = 16, 32_768
+"""Distances over which the query metric is averaged: all octaves from the first to the second, or to the longest text that the model takes."""
+PER_OCTAVE = 16
 PLAIN_POSITIONS = 2048
 """Positions over which keys and queries are averaged for the plain frame."""
 
@@ -26,19 +27,30 @@ def fit_profile(statistics: ModelStatistics, choices: Choices, certificate: dict
         keys, values = (stats.seen_keys, stats.seen_values) if choices.token_weights else (stats.keys, stats.values)
         few = statistics.tokens < TOKENS_PER_DIMENSION * keys.mean.shape[-1]
         covariances = [shrink(m.covariance, statistics.tokens) if few else m.covariance for m in (keys, values)]
-        key = _fit_key(keys.mean, covariances[0], stats.queries.second, rotary, choices)
+        distances = relative_positions(statistics.longest)
+        key = _fit_key(keys.mean, covariances[0], stats.queries.second, rotary, distances, choices)
         value = _fit_value(values.mean, covariances[1], statistics.output_metric.get(index), choices)
         share = float(((norms / median[:, None]).mean(0) < choices.exact_below).double().mean())
         layers[index] = LayerProfile(key, value, median.float(), stats.peak, rotary, exact_share=share)
     return Profile(layers, choices, statistics.fingerprint, certificate or {})
 
 
-def _fit_key(mean: Tensor, covariance: Tensor, queries: Tensor, rotary: Rotary | None, choices: Choices) -> SideProfile:
+def relative_positions(longest: int) -> Tensor:
+    """[n] int64, distances between a query and the start of a run that it reads, the same number in every octave up to `longest` tokens.
+
+    Text of any length may come, and a query turns against the keys with distance: a metric of near queries alone is wrong for far ones.
+    """
+    first = NEAREST * 2 ** torch.arange(max((min(longest, FARTHEST) // NEAREST).bit_length() - 1, 1))
+    within = (torch.arange(PER_OCTAVE) + 0.5) / PER_OCTAVE
+    return (first[:, None] * (1 + within)).long().flatten()
+
+
+def _fit_key(mean: Tensor, covariance: Tensor, queries: Tensor, rotary: Rotary | None, distances: Tensor, choices: Choices) -> SideProfile:
     metric = queries if choices.query_metric else None
     if rotary is None:
         return _side(mean, covariance, metric)
     if metric is not None:
-        seen = torch.tensor(RELATIVE_POSITIONS) if choices.run else torch.arange(PLAIN_POSITIONS)
+        seen = distances if choices.run else torch.arange(PLAIN_POSITIONS)
         metric = rotary.average_rotated(metric, seen)
     positions = torch.arange(choices.run or PLAIN_POSITIONS)
     if choices.run and choices.trajectory:

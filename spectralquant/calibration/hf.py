@@ -26,6 +26,8 @@ SKIP = 8
 """First positions of each sample left out of the statistics: attention sinks, which stay exact anyway."""
 QUERIES = 64
 """Queries of each sample whose attention is looked at, spread over its last three quarters."""
+DEFAULT_LONGEST = 2048
+"""Positions of a model whose configuration does not say."""
 TOKENS_PER_DIMENSION = 4
 """With fewer tokens per head dimension, covariances are shrunken (`spectrum.shrink`) and the user is told."""
 OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
@@ -42,6 +44,7 @@ class ModelStatistics:
         output_metric: Layer index -> W_O metric [H, D, D] float64, where the output projection could be read.
         fingerprint: See `fingerprint`.
         tokens: Tokens that counted.
+        longest: Positions that the model was made for.
     """
 
     fingerprint: dict[str, Any]
@@ -49,6 +52,7 @@ class ModelStatistics:
     rotary: dict[int, Rotary] = field(default_factory=dict)
     output_metric: dict[int, Tensor] = field(default_factory=dict)
     tokens: int = 0
+    longest: int = DEFAULT_LONGEST
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
@@ -201,7 +205,8 @@ def collect(model: PreTrainedModel, samples: list[Tensor], coded: list[int], pro
     """
     if not coded:
         raise UnsupportedModelError(f"{type(model).__name__} has no attention layer that grows with the text: there is nothing to compress")
-    statistics = ModelStatistics(fingerprint(model))
+    text = model.config.get_text_config(decoder=True)
+    statistics = ModelStatistics(fingerprint(model), longest=getattr(text, "max_position_embeddings", None) or DEFAULT_LONGEST)
     recorder = _Recorder(statistics, set(coded))
     # Float32 products may round their factors to bfloat16 where the hardware gains by it: a relative error of 2^-9 in a covariance is nothing
     # beside the quantizer's, and calibration takes half the time on a CPU with bfloat16 instructions.

@@ -25,8 +25,9 @@ def plane_counts(profile: Profile, preset: CompressionPreset, dials: Dials) -> t
     """(P_K, P_V), the same for every coded layer and a multiple of 16 each.
 
     A packed token and head costs 2 bits a plane and two 8-bit gains; a share of `profile.exact_share` of the tokens costs 16 bits
-    an element and a slot number on top. The largest total that keeps `preset.ratio` (within `PROMISE_SLACK`) is split so that V gets
-    `choices.value_shift` bits per element more than K, as nearly as groups of 16 allow.
+    an element and a slot number on top, unless `choices.planes_first` leaves them what remains. The largest total that keeps
+    `preset.ratio` (within `PROMISE_SLACK`) is split so that V gets `choices.value_shift` bits per element more than K, as nearly
+    as groups of 16 allow.
     """
     dims = {layer.head_dim for layer in profile.layers.values()}
     if len(dims) != 1:
@@ -35,7 +36,8 @@ def plane_counts(profile: Profile, preset: CompressionPreset, dials: Dials) -> t
     require_head_dim(dim)
     if dials.any_set:
         return _dialled_planes(profile, preset, dials, dim)
-    spendable = _promised_bits(profile, preset) - GAIN_BITS - profile.exact_share * _exact_bits(profile)
+    exact = 0.0 if profile.choices.planes_first else profile.exact_share * _exact_bits(profile)
+    spendable = _promised_bits(profile, preset) - GAIN_BITS - exact
     groups = int(spendable / 2 // CHUNK_PLANES)
     if groups < 2:
         raise ConfigError(f"compression={preset.name!r} leaves {groups} groups of planes for head size {dim}; at least 2 are needed")

@@ -8,8 +8,8 @@ import synthetic
 import torch
 from tolerances import EIGEN32
 
-from spectralquant.calibration.fit import PLAIN_POSITIONS, RELATIVE_POSITIONS, fit_profile
-from spectralquant.calibration.hf import ModelStatistics
+from spectralquant.calibration.fit import FARTHEST, NEAREST, PER_OCTAVE, PLAIN_POSITIONS, fit_profile, relative_positions
+from spectralquant.calibration.hf import DEFAULT_LONGEST, ModelStatistics
 from spectralquant.calibration.statistics import LayerStatistics
 from spectralquant.profile import Choices, SideProfile
 from spectralquant.rope import Rotary
@@ -98,8 +98,17 @@ def test_fit_profile_query_metric_averages_distances() -> None:
     key, _ = fit(ROTARY, run=16)
     error, queries = torch.randn(30, DIM, dtype=torch.float64), kv()[1]
     for head in range(HEADS):
-        logits = torch.stack([(error @ turned(queries[head], p).mT).square().mean(-1) for p in RELATIVE_POSITIONS]).mean(0)
+        logits = torch.stack([(error @ turned(queries[head], p).mT).square().mean(-1) for p in relative_positions(DEFAULT_LONGEST).tolist()]).mean(0)
         torch.testing.assert_close((error @ key.basis[head].double()).square().sum(-1), logits, rtol=EIGEN32, atol=0)
+
+
+@pytest.mark.parametrize("longest", [1, NEAREST, 1000, 2048, FARTHEST, 10 * FARTHEST])
+def test_relative_positions_are_alike_in_every_octave(longest: int) -> None:
+    found = relative_positions(longest)
+    octaves = (found.double() / NEAREST).log2().floor().long()
+    assert (octaves.bincount() == PER_OCTAVE).all() and (found.diff() > 0).all()
+    assert found.min() >= NEAREST and found.max() < max(min(longest, FARTHEST), 2 * NEAREST)
+    assert longest < 2 * NEAREST or found.max() > min(longest, FARTHEST) / 2
 
 
 def test_fit_profile_output_metric_measures_outputs() -> None:

@@ -45,6 +45,18 @@ def test_plane_counts_keeps_the_promise(dim: int, exact_share: float, preset: st
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize("dim", SIZES)
+def test_plane_counts_may_come_first(dim: int, preset: str) -> None:
+    """As many planes as without exact tokens, which then share what is left of the promise."""
+    profile = sized(dim, 0.01)
+    profile = replace(profile, choices=replace(profile.choices, planes_first=True))
+    key, value = plane_counts(profile, PRESETS[preset], NO_DIALS)
+    assert (key, value) == plane_counts(sized(dim), PRESETS[preset], NO_DIALS)
+    bound = exact_bounds(profile, PRESETS[preset], NO_DIALS, key + value)[0]
+    assert ratio(dim, key, value, bound) == pytest.approx(PRESETS[preset].ratio / (1 + PROMISE_SLACK))
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
 @pytest.mark.parametrize("shares", [(0.0, 0.0), (0.01, 0.001), (0.002, 0.002)])
 @pytest.mark.parametrize("dim", SIZES)
 def test_exact_bounds_spend_what_the_promise_leaves(dim: int, shares: tuple[float, float], preset: str) -> None:
