@@ -44,7 +44,7 @@ class Rotary:
         cos, sin = self.cos_sin(positions, x.dtype)
         turning = x[..., : self.dim]
         turned = turning * cos + self.partner(turning) * sin
-        return turned if self.dim == x.shape[-1] else torch.cat([turned, x[..., self.dim :]], -1)
+        return turned if self.dim == x.shape[-1] else torch.cat([turned, x[..., self.dim :].expand(*turned.shape[:-1], -1)], -1)
 
     def average_rotated(self, moment: Tensor, positions: Tensor) -> Tensor:
         """Mean over `positions` [n] of R(p)^T M R(p), for second moments `moment` M = E[x^T x], [..., D, D] float64.

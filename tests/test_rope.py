@@ -67,6 +67,12 @@ def test_rotate_keeps_float32_angles_sharp(rotary: Rotary) -> None:
     torch.testing.assert_close(got.double(), want, rtol=0, atol=5e-6)
 
 
+def test_rotate_broadcasts_vectors_against_positions(rotary: Rotary) -> None:
+    """One vector at many positions. Coordinates that do not turn were not repeated: partial rotary embeddings failed with a trajectory mean."""
+    x, positions = vectors(1), torch.arange(5)
+    close(rotary.rotate(x, positions), torch.cat([rotary.rotate(x, p[None]) for p in positions]))
+
+
 def test_partner_is_a_quarter_turn(rotary: Rotary) -> None:
     x = vectors(4)[:, : rotary.dim]
     quarter = Rotary(torch.full_like(rotary.inv_freq, torch.pi / 2), rotary.interleaved)
