@@ -90,6 +90,7 @@ class _Recorder:
         self.statistics, self.coded = statistics, coded
         self.embeddings: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (cos, sin)
         self.known: set[int] = set()
+        self.unread: set[int] = set()  # layers that turn their keys in a way that could not be reproduced
 
     def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         embeddings = kwargs.get("position_embeddings")
@@ -111,7 +112,9 @@ class _Recorder:
         rotary = self.statistics.rotary.get(index)
         if rotary is not None:
             query, key = rotary.rotate(query, -asked), rotary.rotate(key, -positions)
-        stats.add(key[:, SKIP:], query.flatten(1, 2), value[:, SKIP:], felt.after(SKIP))
+        # Covariances may round their factors to bfloat16: 2^-9 of them is nothing beside the quantizer's error.
+        with matmul_precision("medium"):
+            stats.add(key[:, SKIP:], query.flatten(1, 2), value[:, SKIP:], felt.after(SKIP))
 
     def _first_sight(self, index: int, module: nn.Module, query: Tensor, key: Tensor) -> None:
         self.known.add(index)
@@ -119,6 +122,8 @@ class _Recorder:
             rotary = read_rotary(module, *self.embeddings[index], key.shape[-1])
             if rotary is not None:
                 self.statistics.rotary[index] = rotary
+            else:
+                self.unread.add(index)
         metric = output_metric(module, key.shape[1], query.shape[1] // key.shape[1], key.shape[-1])
         if metric is not None:
             self.statistics.output_metric[index] = metric
@@ -201,16 +206,14 @@ def collect(model: PreTrainedModel, samples: list[Tensor], coded: list[int], pro
         CalibrationError: No sample is long enough for a token to count.
 
     Warns:
-        UserWarning: There are few tokens for covariances of the model's head size.
+        UserWarning: There are few tokens for covariances of the model's head size, or a rotary embedding could not be read.
     """
     if not coded:
         raise UnsupportedModelError(f"{type(model).__name__} has no attention layer that grows with the text: there is nothing to compress")
     text = model.config.get_text_config(decoder=True)
     statistics = ModelStatistics(fingerprint(model), longest=getattr(text, "max_position_embeddings", None) or DEFAULT_LONGEST)
     recorder = _Recorder(statistics, set(coded))
-    # Float32 products may round their factors to bfloat16 where the hardware gains by it: a relative error of 2^-9 in a covariance is nothing
-    # beside the quantizer's, and calibration takes half the time on a CPU with bfloat16 instructions.
-    with _recording(model, recorder), matmul_precision("medium"), torch.no_grad():
+    with _recording(model, recorder), _rounded_projections(model), torch.no_grad():
         for ids in samples:
             model.base_model(input_ids=ids.to(model.device), use_cache=False)
             statistics.tokens += max(ids.shape[1] - SKIP, 0)
@@ -220,6 +223,12 @@ def collect(model: PreTrainedModel, samples: list[Tensor], coded: list[int], pro
     missing = sorted(set(coded) - statistics.layers.keys())
     if missing:
         raise UnsupportedModelError(f"layers {missing[:4]} of {type(model).__name__} do not use transformers' attention interface; they can't be calibrated")
+    if recorder.unread:
+        warnings.warn(
+            f"the rotary embedding of layers {sorted(recorder.unread)[:4]} of {type(model).__name__} could not be reproduced: their keys are coded as "
+            "they are stored, after the rotation, which needs more bits for the same quality",
+            stacklevel=2,
+        )
     dim = next(iter(statistics.layers.values())).keys.mean.shape[-1]
     need = TOKENS_PER_DIMENSION * dim
     if statistics.tokens < need:
@@ -229,6 +238,24 @@ def collect(model: PreTrainedModel, samples: list[Tensor], coded: list[int], pro
             stacklevel=2,
         )
     return statistics
+
+
+@contextmanager
+def _rounded_projections(model: PreTrainedModel) -> Iterator[None]:
+    """Linear layers may round the factors of float32 products to bfloat16, which halves the time on a CPU with such instructions.
+
+    No other product may: a rotary embedding is one too, of positions and frequencies, and some processors would round these.
+    """
+    before = torch.get_float32_matmul_precision()
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    hooks = [m.register_forward_pre_hook(lambda *_: torch.set_float32_matmul_precision("medium")) for m in linear]
+    hooks += [m.register_forward_hook(lambda *_: torch.set_float32_matmul_precision(before)) for m in linear]
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

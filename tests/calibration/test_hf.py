@@ -51,3 +51,40 @@ def test_collect_finds_the_rotation_of_every_layer(family: str, dtype: torch.dty
     statistics = collect(tiny_model(family, dtype), [torch.randint(3, 199, (1, 1024))], [0, 1, 2])
     assert statistics.rotary.keys() == {0, 1, 2}
     assert len({tuple(r.inv_freq.tolist()) for r in statistics.rotary.values()}) == 1
+
+
+def test_collect_rounds_no_product_but_projections() -> None:
+    """On processors that follow the setting, a rounded product of positions and frequencies gave a rotation that nothing could read."""
+    model, seen = tiny_model("llama"), {}
+
+    def look(name: str) -> None:
+        seen.setdefault(name, set()).add(torch.get_float32_matmul_precision())
+
+    hooks = [module.register_forward_hook(lambda *_, name=name: look(name)) for name, module in model.named_modules() if name.endswith(("rotary_emb", "norm"))]
+    inside = model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: look("between projections"))
+    during = model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda *_: look("before a projection"))
+    collect(model, [torch.randint(3, 100, (1, 64))], [0, 1])
+    for hook in [*hooks, inside, during]:
+        hook.remove()
+    assert seen and all(settings == {"highest"} for settings in seen.values())
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_collect_rounds_projections() -> None:
+    model, seen = tiny_model("llama"), []
+    original = torch.nn.functional.linear
+
+    def linear(*args: Tensor) -> Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", linear)
+        collect(model, [torch.randint(3, 100, (1, 64))], [0, 1])
+    assert seen and set(seen) == {"medium"}
+
+
+def test_collect_warns_of_a_rotation_that_it_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spectralquant.calibration.hf.read_rotary", lambda *_: None)
+    with pytest.warns(UserWarning, match=r"rotary embedding of layers \[0, 1\].* could not be reproduced"):
+        collect(tiny_model("llama"), [torch.randint(3, 100, (1, 64))], [0, 1])
