@@ -60,7 +60,7 @@ class CacheConfig:
     """
 
     sinks: int = 4
-    window: int = 64
+    window: int = 128
     max_exact_share: float = 0.04
     tile_tokens: int | None = None
 

@@ -184,7 +184,7 @@ def _summary(runs: list[Run], presets: list[str], seconds: float) -> str:
             f"{name:>9}  {promise:>8} {held / 1e6:6.2f} MB {dense / held:5.2f}x {dense / (held + codec):7.2f}x {kl:8.4f} {agreement:10.1%} {rate:6.1f}"
         )
     lines.append(
-        "\npromise: the packed history alone. ratio: the whole cache as allocated, exact sinks and recent window (64 to 191 tokens,\n"
+        "\npromise: the packed history alone. ratio: the whole cache as allocated, exact sinks and recent window (128 to 255 tokens,\n"
         f"16-bit) included: it grows towards the promise with the context. {seconds:.0f} s in all."
     )
     return "\n".join(lines)

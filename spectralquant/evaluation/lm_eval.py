@@ -5,7 +5,7 @@
 Importing this module registers the model; the command does that and hands over to the harness' own command line. Options of this package:
 `calibration`, `compression` and `chunk`; all others are those of the harness' model "hf".
 
-A prompt is always attended to uncoded, and the newest 64 to 191 tokens are exact, so a score that is read off one pass over a text would never
+A prompt is always attended to uncoded, and the newest 128 to 255 tokens are exact, so a score that is read off one pass over a text would never
 touch a code. Texts to score are therefore fed in short pieces through a cache. Texts of fewer than about 200 tokens are not coded even so: many
 tasks without examples say nothing about a cache. The results file counts it, see `SpectralLM.get_model_info`.
 """

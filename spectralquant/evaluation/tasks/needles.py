@@ -2,7 +2,7 @@
 
 The context is a stretch of the plan's first text with one or more needles, each a line of its own. The question is the beginning of the
 needle's line, and the model continues it: plain completion, which base models and small instruct models can both do; a chat template is
-never used. The context is coded before the question is fed, so that every answer is read from codes. Some methods keep up to about 191 of
+never used. The context is coded before the question is fed, so that every answer is read from codes. Some methods keep up to about 255 of
 the newest tokens exact, so depth 1.0 tests little of those; it shows what the window is worth.
 """
 

@@ -83,7 +83,7 @@ def test_peer_continues_a_context(name: str, subject: Subject, ids: Tensor, cont
     cache = hand_over(context, method.cache())
     bits, exact = method.bits(cache), method.exact(cache)
     assert bits == pytest.approx(BITS[name]) and bits <= 16
-    assert exact == {"kivi": CONTEXT - (256 + 172) // 2, "pca": 4 + 64}.get(name[:4].rstrip("23"), 0)
+    assert exact == {"kivi": CONTEXT - (256 + 172) // 2, "pca": 4 + 128}.get(name[:4].rstrip("23"), 0)
     got = continue_with(subject.model, cache, ids[:, CONTEXT:], 16)
     assert got.shape == (SCORED, 199) and got.isfinite().all() and cache.get_seq_length() == CONTEXT + SCORED
     assert all(torch.equal(a, b) for old, new in zip(before, context, strict=True) for a, b in zip(old, new, strict=True))  # the next method needs it
