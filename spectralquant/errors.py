@@ -23,3 +23,7 @@ class ProfileError(SpectralQuantError, ValueError):
 
 class UnsupportedModelError(SpectralQuantError, NotImplementedError):
     """The model has nothing this package can compress, or a layer it can't be right about; the text names it."""
+
+
+class BackendError(SpectralQuantError, RuntimeError):
+    """CUDA kernels were asked for and can't be built, loaded or launched here: no usable GPU, a missing package, a compile error."""

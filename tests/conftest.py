@@ -13,6 +13,13 @@ from spectralquant import SpectralQuantEngine
 from spectralquant.corpus import get_default_calibration_texts
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="PyTorch finds no CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:
     torch.manual_seed(0)

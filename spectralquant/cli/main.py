@@ -1,4 +1,4 @@
-"""`spectralquant`: demo, evaluate, inspect, presets."""
+"""`spectralquant`: demo, doctor, evaluate, inspect, presets."""
 
 import argparse
 import json
@@ -36,6 +36,10 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     demo.set_defaults(run=_demo)
 
+    doctor = commands.add_parser("doctor", help="show versions, devices, and what runs on CUDA kernels here")
+    doctor.add_argument("--json", action="store_true", help="print one JSON document")
+    doctor.set_defaults(run=_doctor)
+
     evaluate = commands.add_parser("evaluate", help="measure KL, retrieval and word problems for this package and its peers on the same windows")
     add_evaluate_arguments(evaluate)
     evaluate.set_defaults(run=run_evaluate)
@@ -53,6 +57,12 @@ def _demo(args: argparse.Namespace) -> int:
     from spectralquant.cli.demo import run_demo
 
     return run_demo(args.model, args.prompt, args.preset, args.max_new_tokens, args.calibration, args.json)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from spectralquant.cli.doctor import run_doctor
+
+    return run_doctor(args.json)
 
 
 def _inspect(args: argparse.Namespace) -> int:
