@@ -1,0 +1,142 @@
+"""Attention over a PackedKV by the fused kernel, kernels/attend.cu: one launch, the same function as `reference.attend`.
+
+The kernel knows causal order and left padding; other masks belong to the reference. It reads lengths from device memory, holds scores and
+sums in float32, exact tokens and their queries in their own dtype, coded queries in float16 scaled by powers of two, so bfloat16 never
+passes through the range of float16.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectralquant.attention.kernel_constants import KernelConstants, build_constants, turn_table
+from spectralquant.codec.codec import LayerCodec
+from spectralquant.codec.layout import UNIT
+from spectralquant.codec.packed import PackedKV
+from spectralquant.kernels.compiler import load
+
+ROWS, THREADS = 8, 256
+"""Of a tensor-core tile of queries, and of a block; kernels/attend.cu has the same."""
+_LOG2E = 1.4426950408889634
+_SHARED_LIMIT = 227 * 1024
+_SPARE_RUNS = 64
+
+
+class FusedAttention:
+    """The kernel on one CUDA device, with the constants of the codecs it has met.
+
+    Args:
+        device: An NVIDIA GPU of compute capability 8.0 or newer, see `backend.resolve_backend`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        self._constants: dict[int, tuple[LayerCodec, KernelConstants]] = {}  # the codec too: its id stays its own
+        self._anchors: dict[tuple[int, ...], Tensor] = {}
+
+    def attend(self, query: Tensor, kv: PackedKV, scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+        """`reference.attend` with the mask of causal order and left padding: arguments and result as there.
+
+        Raises:
+            BackendError: The codec has no planes, or the kernel can't be built.
+        """
+        constants = self._constants_of(kv.codec)
+        launch = plan_launch(query, kv, constants, self._anchors_of(constants, kv), self.blocks, scale, softcap, sinks)
+        kernel = load("attend.cu", launch.definitions, "attend", self.device)
+        kernel(launch.blocks, THREADS, launch.shared_bytes, [a.data_ptr() if isinstance(a, Tensor) else a for a in launch.arguments])
+        return launch.out.transpose(1, 2)
+
+    def _constants_of(self, codec: LayerCodec) -> KernelConstants:
+        if id(codec) not in self._constants:
+            self._constants[id(codec)] = (codec, build_constants(codec))
+        return self._constants[id(codec)][1]
+
+    def _anchors_of(self, constants: KernelConstants, kv: PackedKV) -> Tensor:
+        run = constants.definitions["RUN"]
+        key, need = (run, hash(tuple(constants.rates.tolist()))), runs_of(kv, run)
+        if key not in self._anchors or len(self._anchors[key]) < need:
+            self._anchors[key] = anchor_table(constants, need + _SPARE_RUNS, self.device)
+        return self._anchors[key]
+
+
+def runs_of(kv: PackedKV, run: int) -> int:
+    """Entries that the kernel may read of a table of runs: two at a time, up to the store's last."""
+    return kv.records.shape[2] * UNIT // run + 2 if run else 1
+
+
+def anchor_table(constants: KernelConstants, runs: int, device: torch.device) -> Tensor:
+    """[runs, D / 2, 2] float32, see `turn_table`, at the first positions of runs."""
+    return turn_table(constants.rates, torch.arange(runs) * constants.definitions["RUN"], device)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A launch of the kernel, ready to go.
+
+    Attributes:
+        definitions: Compile-time definitions.
+        arguments: In the kernel's order: tensors (their address is passed), int (64 bits), numpy scalars.
+        blocks, shared_bytes: Of the launch.
+        out: [B, Q, H G, D], written by it.
+    """
+
+    definitions: dict[str, int]
+    arguments: Sequence[Any]
+    blocks: int
+    shared_bytes: int
+    out: Tensor
+
+
+def plan_launch(
+    query: Tensor, kv: PackedKV, constants: KernelConstants, anchors: Tensor, blocks: int, scale: float | None, softcap: float | None, sinks: Tensor | None
+) -> Launch:
+    """Everything of `attend` but the launch itself, on any device. `anchors`: see `anchor_table`; `blocks`: as many as can run at once."""
+    batch, query_heads, positions, dim = query.shape
+    heads = kv.raw_keys.shape[1]
+    groups = query_heads // heads
+    device = query.device
+    softcapped, float_query = softcap is not None, query.dtype == torch.float32
+    definitions = {
+        **constants.definitions,
+        "FLOAT_QUERY": int(float_query),
+        "IS_BF16": int(kv.exact_keys.dtype == torch.bfloat16),
+        "USE_SOFTCAP": int(softcapped),
+        "USE_SINKS": int(sinks is not None),
+    }
+    definitions["TRANSFORM_IN_SHARED"] = int(shared_bytes({**definitions, "TRANSFORM_IN_SHARED": 1}) <= _SHARED_LIMIT)
+    lengths = torch.tensor([[kv.packed // UNIT, kv.raw_keys.shape[-2]]], dtype=torch.int32, device=device).expand(batch, -1).contiguous()
+    row_groups = -(-groups * positions // ROWS)
+    partial = ROWS * (definitions["CV"] * 16 + dim + 3)
+    out = query.new_empty((batch, positions, query_heads, dim))
+    factor = (dim**-0.5 if scale is None else scale) * (1.0 if softcapped else _LOG2E)
+    exact = (kv.exact_keys.contiguous(), kv.exact_values.contiguous(), kv.exact_slots.contiguous())
+    raw = [t.to(kv.exact_keys.dtype).contiguous() for t in (kv.raw_keys, kv.raw_values)]
+    arguments = (
+        query, kv.records.contiguous(), *exact, *raw, lengths, kv.start.contiguous(),
+        constants.transform, constants.table, constants.scales, anchors, constants.turns, constants.value_rows, constants.value_mean,
+        (sinks.float().contiguous() if sinks is not None else constants.scales), out,
+        torch.empty((blocks, 2, partial), dtype=torch.float32, device=device),
+        torch.zeros(heads * row_groups * batch, dtype=torch.int32, device=device),
+        *(query.stride(i) for i in range(3)),
+        *(np.int32(x) for x in (batch, heads, groups, positions, kv.records.shape[2], kv.exact_slots.shape[1], raw[0].shape[2])),
+        np.int32(constants.rotary_pairs), np.int32(constants.interleaved), np.float32(factor), np.float32(softcap or 0.0),
+    )  # fmt: skip
+    return Launch(definitions, arguments, blocks, shared_bytes(definitions), out)
+
+
+def shared_bytes(definitions: dict[str, int]) -> int:
+    """Dynamic shared memory of a block: `Shared` in kernels/attend.cu."""
+    d = definitions
+    dim, planes, copies = d["D"], d["CV"] * 16, 1 + d["SPLIT_BIAS"]
+    partial = 4 * ROWS * (planes + dim + 3)
+    record = (d["CK"] + d["CV"]) * 512 + 2 * UNIT
+    transform = (d["CK"] + d["CB"] * copies) * dim // 16 * 512 if d["TRANSFORM_IN_SHARED"] else 16
+    table = (d["RUN"] // 16 or 1) * d["CB"] * copies * 512
+    fixed = 4 * ROWS * (dim + 16) + dim // 16 * 2 * 32 * 8 + 4 * ROWS + 4 * 8 * ROWS + partial + 4
+    total = transform + table + 8 * (-(-max(record, partial) // 16) * 16) + fixed
+    return -(-total // 128) * 128

@@ -1,0 +1,143 @@
+"""A layer's codec as the fused attention kernel reads it: matrices in tensor-core fragment order, float16, scaled by powers of two.
+
+With q' a query in the frame of a run, W the decode matrix of K and G = [mean R(j)] over the offsets j of a run,
+
+    q . k^_j = gain_j ((s_j - 1.5) . q' W^T) + q' G_j,        G = A B of low rank (a run of 256 tokens turns slow pairs hardly at all)
+
+so the kernel maps q' once per run to planes and to the rank of G, by one matrix [W^T, A], and adds products with columns of B to its scores. Queries come as
+rotary pairs: row 16 k + i of the matrix is the lower coordinate of pair 8 k + i for i < 8, the upper one of pair 8 k + i - 8 beyond.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectralquant.codec.codec import LayerCodec
+from spectralquant.codec.quantizer import LloydMaxBits
+from spectralquant.errors import BackendError
+
+RANK_TOLERANCE = 2.0**-18
+"""Singular values of G below this share of the largest are left out: finer than what two float16 numbers hold of the largest."""
+SPLIT_ABOVE = 0.25
+"""Mean scores beyond this size, in logits, are computed in twice the precision of float16: their error is common to a key's neighbours, and large."""
+_HALF_MAX = 2.0**14
+
+
+@dataclass(frozen=True, slots=True)
+class KernelConstants:
+    """Constants of one layer on the device of its codec.
+
+    Attributes:
+        transform: [H, (CK + CB (1 + split)) D / 16, 32, 8] float16, B fragments.
+        table: [H, (1 + split) tiles CB, 32, 8] float16, A fragments.
+        scales: [H, 2] float32: of the scores, and of the mean relative to them.
+        value_rows: [H, P_V, D] float32.
+        value_mean: [H, D] float32.
+        rates: [D / 2] float64 on the CPU, radians per token of every pair (0: does not turn).
+        turns: [run or 1, D / 2, 2] float32, see `turn_table`, at the offsets of a run.
+        definitions: Compile-time definitions of the kernel that follow from the codec.
+        rotary_pairs, interleaved: See `Rotary`.
+    """
+
+    transform: Tensor
+    table: Tensor
+    scales: Tensor
+    value_rows: Tensor
+    value_mean: Tensor
+    rates: Tensor
+    turns: Tensor
+    definitions: dict[str, int]
+    rotary_pairs: int
+    interleaved: bool
+
+
+def build_constants(codec: LayerCodec) -> KernelConstants:
+    """Constants of `codec`.
+
+    Raises:
+        BackendError: Its levels are no sums of planes ("lloyd-max").
+    """
+    if isinstance(codec.key.quantizer, LloydMaxBits) or isinstance(codec.value.quantizer, LloydMaxBits):
+        raise BackendError("quantizer='lloyd-max' has levels that no kernel reads; use 'joint' or 'uniform', or backend='reference'")
+    frame, dim = codec.frame, codec.head_dim
+    run = frame.run if frame is not None else 0
+    rates = torch.zeros(dim // 2, dtype=torch.float64)
+    if frame is not None:
+        rates[: len(frame.rotary.inv_freq)] = frame.rotary.inv_freq.cpu()
+    pairs = len(frame.rotary.inv_freq) if frame is not None else 0
+    interleaved = frame is not None and frame.rotary.interleaved
+    order = _pair_order(dim, pairs, interleaved)
+    planes = codec.key.decode_matrix.cpu().double().mT[:, order]  # [H, D, P]
+    slots = torch.arange(run or 16)
+    mean = codec.key_mean(slots.to(codec.key.mean.device)).cpu().double().expand(-1, len(slots), -1).mT[:, order]  # [H, D, run]
+    left, right = _low_rank(mean)
+    size = (codec.key.mean.double() @ codec.key.encode_matrix.double() * codec.key.scale.double()).norm(dim=-1).max()
+    split = int(size > SPLIT_ABOVE)
+    plane_scale, mean_scale = _power_of_two(planes.norm(dim=1)), _power_of_two(left.norm(dim=1))
+    plane_scale = torch.maximum(plane_scale, mean_scale / _HALF_MAX)
+    columns = torch.cat([planes / plane_scale[:, None, None], *_halves(left / mean_scale[:, None, None], split)], -1)
+    tokens = torch.cat([_a_fragments(part.mT) for part in _halves(right, split)], 1)
+    device = codec.key.mean.device
+    definitions = {
+        "D": dim, "CK": planes.shape[-1] // 16, "CV": codec.layout.value_planes // 16, "CB": left.shape[-1] // 16, "RUN": run, "SPLIT_BIAS": split,
+    }  # fmt: skip
+    return KernelConstants(
+        _b_fragments(columns).to(device),
+        tokens.contiguous().to(device),
+        torch.stack([plane_scale, mean_scale / plane_scale], -1).float().contiguous().to(device),
+        codec.value.decode_matrix.float().contiguous(),
+        codec.value.mean.float().contiguous(),
+        rates,
+        turn_table(rates, torch.arange(run or 1), device),
+        definitions,
+        pairs,
+        interleaved,
+    )
+
+
+def turn_table(rates: Tensor, positions: Tensor, device: torch.device) -> Tensor:
+    """[n, D / 2, 2] float32: cos and sin of every pair at positions [n]."""
+    angles = positions.double()[:, None] * rates
+    return torch.stack([angles.cos(), angles.sin()], -1).float().contiguous().to(device)
+
+
+def _pair_order(dim: int, pairs: int, interleaved: bool) -> Tensor:
+    """[D] int64: the coordinate of each row of the transform."""
+    lower, upper = (torch.arange(pairs) * 2, torch.arange(pairs) * 2 + 1) if interleaved else (torch.arange(pairs), torch.arange(pairs) + pairs)
+    rest = torch.arange(2 * pairs, dim)
+    lower, upper = torch.cat([lower, rest[0::2]]), torch.cat([upper, rest[1::2]])
+    return torch.stack([lower.view(-1, 8), upper.view(-1, 8)], 1).flatten()
+
+
+def _low_rank(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A [H, D, R], B [H, R, n] with A B = matrix [H, D, n], R a multiple of 16 and the same for all heads."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    rank = int((s > RANK_TOLERANCE * s[:, :1].clamp_min(1e-30)).sum(-1).max())
+    rank = max(-(-rank // 16) * 16, 16)
+    left, right = (u * s[:, None])[..., :rank], v[:, :rank]
+    return torch.nn.functional.pad(left, (0, rank - left.shape[-1])), torch.nn.functional.pad(right, (0, 0, 0, rank - right.shape[1]))
+
+
+def _power_of_two(norms: Tensor) -> Tensor:
+    """[H]: the least power of two above all norms [H, n] of a head."""
+    return 2.0 ** norms.amax(-1).clamp_min(1e-30).log2().ceil()
+
+
+def _halves(x: Tensor, split: int) -> list[Tensor]:
+    """x, or x as the sum of a float16 number and the rest."""
+    return [x.half().double(), x - x.half().double()] if split else [x]
+
+
+def _b_fragments(matrix: Tensor) -> Tensor:
+    """[H, D, N] -> [H, N / 16 * D / 16, 32, 8] float16; a lane's eight numbers are k 2c, 2c + 1, 2c + 8, 2c + 9 of columns r and r + 8."""
+    heads, rows, columns = matrix.shape
+    tiles = matrix.view(heads, rows // 16, 2, 4, 2, columns // 16, 2, 8)  # H, k chunk, b, c, half, chunk, tile, r
+    return tiles.permute(0, 5, 1, 7, 3, 6, 2, 4).reshape(heads, -1, 32, 8).half().contiguous()
+
+
+def _a_fragments(matrix: Tensor) -> Tensor:
+    """[H, n, R] -> [H, n / 16 * R / 16, 32, 8] float16; a lane's numbers are rows r, r + 8 of k 2c, 2c + 1, then of 2c + 8, 2c + 9."""
+    heads, rows, columns = matrix.shape
+    tiles = matrix.reshape(heads, rows // 16, 2, 8, columns // 16, 2, 4, 2)  # H, tile, a0, r, chunk, a1, c, half
+    return tiles.permute(0, 1, 4, 3, 6, 5, 2, 7).reshape(heads, -1, 32, 8).half().contiguous()

@@ -1,0 +1,197 @@
+"""The fused kernel against the reference: on the host, where every thread is a fiber, and with a GPU on the device."""
+
+import ctypes
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import pytest
+import synthetic
+import torch
+from host_kernels import compile_for_host
+from tolerances import FLOAT32
+from torch import Tensor
+
+from spectralquant.attention.cuda import ROWS, FusedAttention, Launch, anchor_table, plan_launch, runs_of
+from spectralquant.attention.kernel_constants import build_constants
+from spectralquant.attention.reference import attend
+from spectralquant.cache.segment import Segment
+from spectralquant.codec.codec import build_codec
+from spectralquant.codec.packed import PackedKV
+from spectralquant.config import CacheConfig, Dials
+from spectralquant.errors import BackendError
+from spectralquant.presets import PRESETS
+from spectralquant.rope import Rotary
+
+HOST = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+ERROR = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+"""Relative RMS of the output: queries are coded in float16; 16-bit outputs are rounded once more."""
+LAUNCHER = """
+extern "C" void go(unsigned grid, void** p, long long* l, int* n, float* f) {
+    run(attend, grid, unsigned(THREADS), (const void*)p[0], (const u8*)p[1], (const u16*)p[2], (const u16*)p[3], (const int*)p[4], (const u16*)p[5],
+        (const u16*)p[6], (const int*)p[7], (const i64*)p[8], (const Quad32*)p[9], (const Quad32*)p[10], (const float*)p[11], (const Float4*)p[12],
+        (const Float4*)p[13], (const float*)p[14], (const float*)p[15], (const float*)p[16], p[17], (float*)p[18], (int*)p[19], l[0], l[1], l[2],
+        n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], f[0], f[1]);
+}
+extern "C" unsigned shared_size() { return sizeof(Shared); }
+"""
+
+
+@cache
+def library(definitions: frozenset[tuple[str, int]]) -> ctypes.CDLL:
+    return compile_for_host("attend.cu", dict(definitions), LAUNCHER, Path(mkdtemp()))
+
+
+def run_on_host(launch: Launch) -> Tensor:
+    """[B, H G, Q, D]; the output is NaN before."""
+    code = library(frozenset(launch.definitions.items()))
+    assert code.shared_size() <= launch.shared_bytes
+    launch.out.fill_(torch.nan)
+
+    def packed(kind: Any, of: Any, value: Callable[[Any], Any]) -> Any:
+        found = [value(a) for a in launch.arguments if type(a) is of]
+        return (kind * len(found))(*found)
+
+    code.go(
+        launch.blocks, packed(ctypes.c_void_p, Tensor, Tensor.data_ptr), packed(ctypes.c_longlong, int, int),
+        packed(ctypes.c_int, np.int32, int), packed(ctypes.c_float, np.float32, float),
+    )  # fmt: skip
+    return launch.out.transpose(1, 2)
+
+
+class Case:
+    """Packed random keys and values of one layer, queries, and what the reference makes of them. Options beyond the sizes are the tests'."""
+
+    def __init__(
+        self, dim: int = 64, heads: int = 2, groups: int = 3, batch: int = 2, tokens: int = 700, new: int = 1, dtype: torch.dtype = torch.float32,
+        rotary: str | None = "neox", start: tuple[int, ...] = (0, 5), preset: str = "high", quantizer: str = "uniform", softcap: float | None = None,
+        sinks: bool = False, amplitude: float = 1.0, device: str = "cpu", **choices: Any,
+    ) -> None:  # fmt: skip
+        turn = None if rotary is None else Rotary(synthetic.inv_freq(dim // 4 if rotary == "partial" else dim // 2), rotary == "gptj")
+        profile = synthetic.profile(heads, dim, (0,), rotary=turn, **choices)
+        layer = profile.layers[0]
+        layer = replace(layer, key=replace(layer.key, mean=amplitude * layer.key.mean), value_norm=torch.full((heads,), float(dim)))
+        codec = build_codec(replace(profile, layers={0: layer}), PRESETS[preset], Dials(), device, quantizer)[0]
+        self.start = torch.tensor((start * batch)[:batch])
+        keys, values = synthetic.samples(layer.key, tokens, batch), synthetic.samples(layer.value, tokens, batch)
+        if turn is not None:
+            keys = turn.rotate(keys.double(), (torch.arange(tokens)[None] - self.start[:, None])[:, None])
+        keys, values, self.start = keys.to(device, dtype), values.to(device, dtype), self.start.to(device)
+        values[:, :, 200:204] *= 0.01  # secondary sinks
+        segment = Segment(codec, CacheConfig(window=64), keys, self.start)
+        segment.update(keys[:, :, : tokens - new], values[:, :, : tokens - new])
+        view = segment.update(keys[:, :, tokens - new :], values[:, :, tokens - new :])
+        assert view is not None
+        self.kv: PackedKV = view
+        self.query = (1.5 * torch.randn(batch, new, heads * groups, dim)).transpose(1, 2).to(device, dtype)
+        self.softcap, self.sinks = softcap, torch.randn(heads * groups).to(device) if sinks else None
+
+    def want(self) -> Tensor:
+        slots, new = torch.arange(self.kv.length, device=self.start.device), self.query.shape[2]
+        mask = (slots[None] <= slots[-new:, None])[None] & (slots >= self.start[:, None])[:, None]
+        return attend(self.query.float(), self.kv, mask[:, None], None, self.softcap, self.sinks)
+
+    def launch(self, blocks: int = 5) -> Launch:
+        constants = build_constants(self.kv.codec)
+        anchors = anchor_table(constants, runs_of(self.kv, constants.definitions["RUN"]), self.start.device)
+        return plan_launch(self.query, self.kv, constants, anchors, blocks, None, self.softcap, self.sinks)
+
+
+CASES = {
+    "float32": {},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "interleaved": {"rotary": "gptj"},
+    "partial rotary": {"rotary": "partial"},
+    "no rotary": {"rotary": None},
+    "plain frame": {"run": 0},
+    "constant mean": {"trajectory": False},
+    "head size 80": {"dim": 80, "heads": 1},
+    "head size 96, standard": {"dim": 96, "heads": 1, "preset": "standard"},
+    "head size 128": {"dim": 128, "tokens": 1100},
+    "head size 256": {"dim": 256, "heads": 1, "groups": 2, "tokens": 500},
+    "joint values, ultra": {"quantizer": "joint", "preset": "ultra"},
+    "4 queries of 7 heads": {"groups": 7, "new": 4},
+    "16 queries": {"groups": 1, "new": 16, "dtype": torch.bfloat16},
+    "71 heads": {"groups": 71, "heads": 1, "batch": 1, "tokens": 400},
+    "soft-cap": {"softcap": 5.0},
+    "sinks": {"sinks": True},
+    "soft-cap and sinks, bfloat16": {"softcap": 20.0, "sinks": True, "dtype": torch.bfloat16},
+    "padding over packed units": {"start": (0, 300), "tokens": 650},
+    "padding into the window": {"start": (0, 640), "tokens": 650},
+    "nothing packed": {"tokens": 70, "start": (0, 3)},
+    "large key bias": {"amplitude": 100.0, "dim": 128, "heads": 1},
+}
+
+
+def relative_rms(got: Tensor, want: Tensor) -> float:
+    return float((got.float() - want).norm() / want.norm())
+
+
+@HOST
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_kernel_on_the_host(options: dict[str, Any]) -> None:
+    case = Case(**options)
+    got = run_on_host(case.launch())
+    assert got.dtype == case.query.dtype and relative_rms(got, case.want()) < ERROR[got.dtype]
+
+
+@HOST
+def test_kernel_does_not_depend_on_the_split() -> None:
+    """Any number of blocks, more than there are steps included: the same up to the order of sums, and the same bits every time."""
+    case = Case(batch=3, start=(0, 5, 130))
+    first, *others = (run_on_host(case.launch(blocks)) for blocks in (1, 2, 3, 7, 16, 64, 64))
+    for other in others:
+        assert relative_rms(other, first) < 10 * FLOAT32
+    assert torch.equal(others[-1], others[-2])
+
+
+@HOST
+@pytest.mark.parametrize("blocks", [1, 4, 9])
+def test_kernel_reads_lengths_from_memory(blocks: int) -> None:
+    """Shorter sequences than the store holds, among them one of no tokens, whose output is zero; tickets are zero afterwards."""
+    case = Case(batch=3, rotary=None, start=(0,), tokens=900)
+    launch = case.launch(blocks)
+    lengths, tickets = launch.arguments[7], launch.arguments[19]
+    lengths[1], lengths[2] = torch.tensor([2, 1]), torch.tensor([0, 0])
+    got = run_on_host(launch)
+    short = replace(case.kv, packed=256, raw_keys=case.kv.raw_keys[:, :, :1], raw_values=case.kv.raw_values[:, :, :1])
+    short = replace(short, exact_slots=case.kv.exact_slots.masked_fill(case.kv.exact_slots > 256, -1))  # the query stands in slot 256
+    assert relative_rms(got[:1], case.want()[:1]) < ERROR[torch.float32]
+    assert relative_rms(got[1:2], attend(case.query, short)[1:2]) < ERROR[torch.float32]
+    assert (got[2] == 0).all() and (tickets == 0).all()
+
+
+@HOST
+def test_kernel_takes_any_strides_of_queries() -> None:
+    case = Case()
+    want = run_on_host(case.launch())
+    case.query = case.query.repeat(1, 1, 1, 2)[..., : case.query.shape[-1]]
+    assert torch.equal(run_on_host(case.launch()), want)
+
+
+def test_build_constants_rejects_levels_from_tables() -> None:
+    codec = build_codec(synthetic.profile(), PRESETS["high"], Dials(), quantizer="lloyd-max")[0]
+    with pytest.raises(BackendError, match="lloyd-max"):
+        build_constants(codec)
+
+
+def test_row_groups_cover_all_queries() -> None:
+    case = Case(groups=3, new=7, batch=1)
+    launch = case.launch()
+    assert launch.arguments[19].numel() == 2 * -(-3 * 7 // ROWS) and launch.out.shape == (1, 7, 6, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_kernel_on_the_device(options: dict[str, Any]) -> None:
+    case = Case(**options, device="cuda")
+    fused = FusedAttention(torch.device("cuda", 0))
+    got = fused.attend(case.query, case.kv, None, case.softcap, case.sinks)
+    assert relative_rms(got, case.want()) < ERROR[got.dtype]
+    assert torch.equal(got, fused.attend(case.query, case.kv, None, case.softcap, case.sinks))
