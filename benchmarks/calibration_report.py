@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from spectralquant.evaluation.metrics import standard_error
-from spectralquant.evaluation.plots import COLOURS, DPI, GREY, MARKERS, OUR_COLOUR, SETTINGS, require_matplotlib
+from spectralquant.evaluation.plots.style import COLOURS, DPI, GREY, MARKERS, OUR_COLOUR, SETTINGS, require_matplotlib
 
 Lines = Sequence[dict[str, Any]]
 

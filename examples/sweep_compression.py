@@ -22,7 +22,7 @@ from spectralquant.evaluation.methods import METHODS, Subject
 from spectralquant.evaluation.methods.ours import method_for
 from spectralquant.evaluation.metrics import summarise_language
 from spectralquant.evaluation.plan import Plan
-from spectralquant.evaluation.plots import require_matplotlib
+from spectralquant.evaluation.plots.style import require_matplotlib
 from spectralquant.evaluation.runner import CONFIG, run
 from spectralquant.presets import PRESETS
 from spectralquant.profile import with_suffix

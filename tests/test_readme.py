@@ -59,17 +59,21 @@ def test_shell_commands_exist(page: str) -> None:
                 assert (ROOT / words[0]).is_file()
 
 
-def test_figures_of_quality_are_those_of_the_result_file() -> None:
-    """Every line of the quality table, as rounded there."""
-    report = json.loads((ROOT / "benchmarks" / "results" / "evaluation-smollm2-1024.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+    ("model", "file", "texts", "methods"),
+    [("SmolLM2-135M-Instruct", "evaluation-smollm2-1024", 3, 20), ("Qwen2.5-Coder-1.5B-Instruct", "evaluation-qwen-2048", 2, 13)],
+)
+def test_figures_of_quality_are_those_of_the_result_file(model: str, file: str, texts: int, methods: int) -> None:
+    """Every line of a quality table, as rounded there."""
+    report = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text(encoding="utf-8"))
     labels = {m["label"]: m["name"] for m in report["methods"]}
     figures = {(line["text"], line["method"]): line for line in report["language"]}
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("**SmolLM2-135M-Instruct**")[1].split("\n\n")[1]
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split(f"**{model}**")[1].split("\n\n")[1]
     rows = [[cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in section.splitlines()]
-    texts = [name.removeprefix("KL, ") for name in rows[0] if name.startswith("KL, ")]
-    assert len(texts) == 3 and len(rows) > 20
+    names = [name.removeprefix("KL, ") for name in rows[0] if name.startswith("KL, ")]
+    assert (len(names), len(rows)) == (texts, methods + 2)
     for label, bits, *kl, agree, ratio in rows[2:]:
-        lines = [figures[text, labels[label]] for text in texts]
+        lines = [figures[text, labels[label]] for text in names]
         assert kl == [f"{line['kl']:.4f}" for line in lines]
         assert bits == f"{mean(line['bits'] for line in lines):.2f}"
         assert agree == f"{mean(line['agreement'] for line in lines):.1%}".replace("%", " %")
