@@ -69,10 +69,10 @@ class SideCodec:
         kept = self.quantizer.kept.float()[:, None]
         rms = ((u * u * kept).sum(-1, keepdim=True) / kept.sum(-1, keepdim=True)).sqrt().clamp_min(EPS)
         planes, levels = self.quantizer.quantize(u / rms)
-        codes = gain_codes(self._gain(u * self.scale[:, None] * kept, levels * self.scale[:, None], rms).squeeze(-1))
+        codes = gain_codes(self._gain(u * self.scale[:, None] * kept, levels * self.scale[:, None]).squeeze(-1))
         return self._search(u, codes) if self.gain == "search" else (planes, codes)
 
-    def _gain(self, z: Tensor, shape: Tensor, rms: Tensor) -> Tensor:
+    def _gain(self, z: Tensor, shape: Tensor) -> Tensor:
         cross = (z * shape).sum(-1, keepdim=True).clamp_min(TINY)
         if self.gain == "unbiased":
             return ((z * z).sum(-1, keepdim=True) / cross).clamp_min(EPS)
