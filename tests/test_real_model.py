@@ -32,7 +32,7 @@ def test_divergence(smollm2: tuple[Any, Any], smollm2_calibration: Path, preset:
 
 @torch.no_grad()
 def test_ratio_is_real_bytes(smollm2: tuple[Any, Any], smollm2_calibration: Path) -> None:
-    """At 2,048 tokens the whole cache, window and slack included, is at least four times smaller."""
+    """At 2,048 tokens the whole cache, a window of 256 tokens and slack included, is at least 3.6 times smaller."""
     model, _ = smollm2
     engine = SpectralQuantEngine()
     engine.load_calibration(smollm2_calibration)
@@ -40,7 +40,7 @@ def test_ratio_is_real_bytes(smollm2: tuple[Any, Any], smollm2_calibration: Path
         cache = engine.cache(model)
         model.base_model(torch.randint(3, 49_000, (1, 2048)), past_key_values=cache)
     assert cache.dense_bytes == 30 * 2 * 3 * 2048 * 64 * 2
-    assert cache.dense_bytes / cache.nbytes > 4.0
+    assert cache.dense_bytes / cache.nbytes > 3.6
 
 
 def test_generate_chat(smollm2: tuple[Any, Any], smollm2_calibration: Path) -> None:

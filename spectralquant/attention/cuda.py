@@ -20,7 +20,7 @@ from spectralquant.codec.packed import PackedKV
 from spectralquant.kernels.compiler import load
 
 ROWS, THREADS = 8, 256
-"""Of a tensor-core tile of queries, and of a block; kernels/attend.cu has the same."""
+"""Of a tensor-core tile of queries, and of a block; kernels/attend_shapes.cuh has the same."""
 _LOG2E = 1.4426950408889634
 _SHARED_LIMIT = 227 * 1024
 _SPARE_RUNS = 64
@@ -130,7 +130,7 @@ def plan_launch(
 
 
 def shared_bytes(definitions: dict[str, int]) -> int:
-    """Dynamic shared memory of a block: `Shared` in kernels/attend.cu."""
+    """Dynamic shared memory of a block: `Shared` in kernels/attend_shapes.cuh."""
     d = definitions
     dim, planes, copies = d["D"], d["CV"] * 16, 1 + d["SPLIT_BIAS"]
     partial = 4 * ROWS * (planes + dim + 3)

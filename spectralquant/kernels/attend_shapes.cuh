@@ -1,0 +1,94 @@
+// What the parts of attend.cu share: its definitions, sizes, arguments, shared memory and the state of a warp.
+#include "unpack.cuh"
+
+// Compile-time definitions; the host sets all of them (attention/cuda.py).
+//   D          head size                                     SPLIT_BIAS    1: mean scores in twice the precision (large key biases)
+//   CK, CV     chunks of 16 planes of K and V                FLOAT_QUERY   1: queries and output are float32
+//   CB         chunks of 16 of the mean scores' rank         IS_BF16       1: exact tokens (and queries, unless float32) are bfloat16, else float16
+//   RUN        tokens per anchored run (256), 0: plain       USE_SOFTCAP, USE_SINKS
+//   TRANSFORM_IN_SHARED  0: too large, read through the L2 (D = 256)
+
+#if !defined(D) || !defined(CK) || !defined(CV) || !defined(CB) || !defined(RUN) || !defined(SPLIT_BIAS) || !defined(FLOAT_QUERY) || !defined(IS_BF16) || \
+    !defined(USE_SOFTCAP) || !defined(USE_SINKS) || !defined(TRANSFORM_IN_SHARED)
+#error "a definition is missing, see above"
+#endif
+
+#define WARPS 8
+#define THREADS (WARPS * 32)
+#define ROWS 8
+#define TILE 32  // exact tokens in a step
+#define DIM_CHUNKS (D / 16)
+#define PV (CV * 16)
+#define KEY_PART (CK * 512 + 128)
+#define VALUE_PART (CV * 512 + 128)
+#define RECORD (KEY_PART + VALUE_PART)
+#define BIAS_COPIES (1 + SPLIT_BIAS)
+#define TRANSFORM_CHUNKS (CK + CB * BIAS_COPIES)
+#define TRANSFORM_BYTES (TRANSFORM_CHUNKS * DIM_CHUNKS * 512)
+#define TABLE_TILES (RUN ? RUN / 16 : 1)
+#define TABLE_BYTES (TABLE_TILES * CB * BIAS_COPIES * 512)
+#define QUERY_STRIDE (D + 16)  // floats; the pad keeps rows on different banks
+#define PARTIAL (ROWS * (PV + D) + 3 * ROWS)  // floats: planes [8][PV], dense [8][D], then peak, packed mass and dense mass [8] each
+#define SLOT_BYTES ((RECORD > PARTIAL * 4 ? RECORD : PARTIAL * 4) + 15 & ~15)
+#define NOTHING -1e30f
+#define WEIGHT_SCALE 4096.f  // of the fp16 weights of packed values: their least normal number is 6e-5
+
+struct Arguments {
+    const void* query;         // [B, H G, Q, D]
+    const u8* records;         // [B, H, *, RECORD]
+    const u16* exact_keys;     // [B, H, E, D]
+    const u16* exact_values;
+    const int* exact_slots;    // [B, E], -1: unused
+    const u16* raw_keys;       // [B, H, *, D]
+    const u16* raw_values;
+    const int* lengths;        // [B, 2]: packed units, raw tokens
+    const i64* start;          // [B]: slots of left padding
+    const Quad32* transform;   // [H, TRANSFORM_BYTES]: queries to planes and to the mean's rank
+    const Quad32* table;       // [H, TABLE_BYTES]: mean scores by offset in the run
+    const float* scales;       // [H, 2]: what scores are multiplied with; the mean's rank relative to that
+    const Float4* anchors;     // [runs, D / 4]: cos, sin, cos, sin of two pairs at the first position of a run
+    const Float4* turns;       // [RUN, D / 4]: the same at offsets within a run
+    const float* value_rows;   // [H, PV, D]
+    const float* value_mean;   // [H, D]
+    const float* sinks;        // [H G]
+    void* out;                 // [B, Q, H G, D]
+    float* partials;           // [blocks, 2, PARTIAL]
+    int* tickets;              // [H, row groups, B], zeros before and after
+    i64 query_strides[3];      // of B, H G, Q, in elements
+    int batch, heads, groups, positions;
+    int units, exact, raw;     // rows that the stores have room for
+    int rotary_pairs, interleaved;
+    float scale, softcap;      // scale of the logits, times log2 e unless USE_SOFTCAP
+};
+
+struct Shared {
+    alignas(128) u8 transform[TRANSFORM_IN_SHARED ? TRANSFORM_BYTES : 16];
+    u8 table[TABLE_BYTES];
+    u8 slots[WARPS][SLOT_BYTES];             // a record in flight per warp; afterwards its partial result
+    float pairs[ROWS][QUERY_STRIDE];         // queries without their start, as rotary pairs, divided by a power of two to at most 1
+    u32 dense_query[DIM_CHUNKS][2][32][2];   // fragments of the queries as they came: high and low parts
+    float norm[ROWS];                        // the powers of two
+    float weight[WARPS][ROWS];
+    float joined[PARTIAL];
+    int last;
+};
+
+// What one warp carries along. Lane 4 r + c owns the columns (queries) 2c and 2c + 1.
+struct State {
+    float peak[2], packed_mass[2], dense_mass[2];
+    float planes[CV][4];
+    float dense[DIM_CHUNKS][4];
+};
+
+__device__ __forceinline__ void start_state(State& st) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) st.peak[i] = NOTHING, st.packed_mass[i] = st.dense_mass[i] = 0.f;
+#pragma unroll
+    for (int c = 0; c < CV; c++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) st.planes[c][i] = 0.f;
+#pragma unroll
+    for (int c = 0; c < DIM_CHUNKS; c++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) st.dense[c][i] = 0.f;
+}
