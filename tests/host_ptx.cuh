@@ -1,13 +1,5 @@
 // ptx.cuh on the host, instruction by instruction (see host_device.hpp).
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-#define FULL_WARP 0xffffffffu
-struct alignas(8) Pair32 { u32 x, y; };
-struct alignas(16) Quad32 { u32 x, y, z, w; };
-struct alignas(16) Float4 { float x, y, z, w; };
+#include "types.cuh"
 
 static float exp2_approx(float x) { return exp2f(x); }
 static float half_value(u16 bits) { _Float16 h; std::memcpy(&h, &bits, 2); return (float)h; }

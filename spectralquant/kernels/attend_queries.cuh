@@ -13,17 +13,21 @@ __device__ __forceinline__ void pair_dims(const Arguments& a, int pair, int& low
     }
 }
 
+// Pairs in the type of exact tokens.
+__device__ __forceinline__ u32 pack_exact(float low, float high) { return IS_BF16 ? pack_bf16(low, high) : pack_f16(low, high); }
+
+__device__ __forceinline__ void unpack_exact(u32 x, float& low, float& high) {
+    if (IS_BF16) unpack_bf16(x, low, high);
+    else unpack_f16(x, low, high);
+}
+
 __device__ __forceinline__ float read_query(const Arguments& a, i64 at) {
 #if FLOAT_QUERY
     return ((const float*)a.query)[at];
 #else
     const u32 bits = ((const u16*)a.query)[at];
     float low, high;
-#if IS_BF16
-    unpack_bf16(bits, low, high);
-#else
-    unpack_f16(bits, low, high);
-#endif
+    unpack_exact(bits, low, high);
     return low;
 #endif
 }
@@ -74,19 +78,11 @@ __device__ void load_queries(const Arguments& a, const Stretch& s, Shared& sm) {
             low *= inverse;
             high *= inverse;
 #endif
-#if IS_BF16
-            const u32 rounded = pack_bf16(low, high);
+            const u32 rounded = pack_exact(low, high);
             float l, h;
-            unpack_bf16(rounded, l, h);
+            unpack_exact(rounded, l, h);
             sm.dense_query[chunk][0][to][half] = rounded;
-            sm.dense_query[chunk][1][to][half] = pack_bf16(low - l, high - h);
-#else
-            const u32 rounded = pack_f16(low, high);
-            float l, h;
-            unpack_f16(rounded, l, h);
-            sm.dense_query[chunk][0][to][half] = rounded;
-            sm.dense_query[chunk][1][to][half] = pack_f16(low - l, high - h);
-#endif
+            sm.dense_query[chunk][1][to][half] = pack_exact(low - l, high - h);
         }
     }
 }

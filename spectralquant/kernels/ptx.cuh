@@ -1,4 +1,5 @@
 // Single PTX instructions as functions: the only inline assembly of the package.
+#include "types.cuh"
 
 // 2^x. Relative error at most 2^-22; results below 2^-126 are 0.
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -6,18 +7,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-
-#define FULL_WARP 0xffffffffu
-
-struct alignas(8) Pair32 { u32 x, y; };
-struct alignas(16) Quad32 { u32 x, y, z, w; };
-struct alignas(16) Float4 { float x, y, z, w; };
 
 // Fragments of mma.m16n8k16 (A 16 x 16, B 16 x 8, C 16 x 8), lane = 4 r + c with r in 0..7 and c in 0..3:
 //   A  register 0: row r,     k 2c, 2c + 1        B  register 0: k 2c, 2c + 1,         column r      C  0, 1: row r,     columns 2c, 2c + 1

@@ -94,6 +94,6 @@ def test_record_offsets_of_the_worked_example(tmp_path: Path) -> None:
         "static_assert(R::KEY_GAINS == 4608 && R::VALUE_CODES == 4736 && R::VALUE_GAINS == 9856 && R::BYTES == 9984);\n"
         "static_assert(UNIT == 128 && SUB_TILES * 16 == UNIT);\n"
     )
-    for name in ("unpack.cuh", "ptx.cuh"):
+    for name in ("unpack.cuh", "ptx.cuh", "types.cuh"):
         shutil.copy(SOURCES / name, tmp_path)
     compile_cubin("check.cu", {}, "sm_90", tmp_path)
