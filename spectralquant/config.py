@@ -3,9 +3,13 @@
 import math
 from dataclasses import dataclass
 from numbers import Real
+from typing import Literal
 
 from spectralquant.errors import ConfigError
 from spectralquant.presets import BIT_WIDTHS
+
+Backend = Literal["auto", "reference", "cuda"]
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "cuda")
 
 
 def require_int(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -50,19 +54,21 @@ class Dials:
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """What a cache keeps exact, in tokens, and how finely the reference attention tiles its work.
+    """What a cache keeps exact, in tokens, and what reads it.
 
     Attributes:
         sinks: First tokens of every sequence, kept exact for ever.
         window: Most recent tokens that are always exact; blocks of 128 leave it for the packed store.
         max_exact_share: Bound on the share of a layer's packed tokens kept exact besides the sinks.
         tile_tokens: Tokens of one layer that the reference attention unpacks at a time; None for what suits the device, see `tile_on`.
+        backend: "auto", "reference" (PyTorch) or "cuda" (the fused kernels, or an error that says why they can't run), see `backend.resolve_backend`.
     """
 
     sinks: int = 4
     window: int = 128
     max_exact_share: float = 0.04
     tile_tokens: int | None = None
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         require_int("sinks", self.sinks, 0, 64)
@@ -71,6 +77,8 @@ class CacheConfig:
             raise ConfigError(f"tile_tokens={self.tile_tokens}: expected a multiple of 256")
         if not 0.0 <= self.max_exact_share <= 0.25:
             raise ConfigError(f"max_exact_share={self.max_exact_share!r} is out of range: expected 0 to 0.25")
+        if self.backend not in BACKENDS:
+            raise ConfigError(f"backend={self.backend!r}: expected one of {', '.join(BACKENDS)}")
 
     def tile_on(self, device_type: str) -> int:
         """`tile_tokens`, or its default: short on a CPU, where a tile should stay in its caches, long where every operation is a launch."""

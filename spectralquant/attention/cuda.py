@@ -38,6 +38,7 @@ class FusedAttention:
         self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
         self._constants: dict[int, tuple[LayerCodec, KernelConstants]] = {}  # the codec too: its id stays its own
         self._anchors: dict[tuple[int, ...], Tensor] = {}
+        self._workspaces: dict[int, Workspace] = {}  # by stream: launches on one stream follow each other
 
     def attend(self, query: Tensor, kv: PackedKV, scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
         """`reference.attend` with the mask of causal order and left padding: arguments and result as there.
@@ -45,11 +46,25 @@ class FusedAttention:
         Raises:
             BackendError: The codec has no planes, or the kernel can't be built.
         """
+        return self.run(self.plan(query, kv, scale, softcap, sinks))
+
+    def plan(self, query: Tensor, kv: PackedKV, scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None) -> "Launch":
+        """Everything that `attend` allocates, for one or more runs on these very tensors, also inside a CUDA graph."""
         constants = self._constants_of(kv.codec)
-        launch = plan_launch(query, kv, constants, self._anchors_of(constants, kv), self.blocks, scale, softcap, sinks)
+        return plan_launch(query, kv, constants, self._anchors_of(constants, kv), self._workspace(query, kv), scale, softcap, sinks)
+
+    def run(self, launch: "Launch") -> Tensor:
+        """Launch on torch's current stream; the result as of `attend`. Runs of one plan may not overlap."""
         kernel = load("attend.cu", launch.definitions, "attend", self.device)
         kernel(launch.blocks, THREADS, launch.shared_bytes, [a.data_ptr() if isinstance(a, Tensor) else a for a in launch.arguments])
         return launch.out.transpose(1, 2)
+
+    def _workspace(self, query: Tensor, kv: PackedKV) -> "Workspace":
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        found, need = self._workspaces.get(stream), Workspace.sizes(query, kv, self.blocks)
+        if found is None or found.partials.numel() < need[0] or found.tickets.numel() < need[1]:
+            found = self._workspaces[stream] = Workspace.make(*need, self.blocks, self.device)
+        return found
 
     def _constants_of(self, codec: LayerCodec) -> KernelConstants:
         if id(codec) not in self._constants:
@@ -75,6 +90,33 @@ def anchor_table(constants: KernelConstants, runs: int, device: torch.device) ->
 
 
 @dataclass(frozen=True, slots=True)
+class Workspace:
+    """Memory that launches on one stream share.
+
+    Attributes:
+        partials: Float32, room for two partial results of every block.
+        tickets: int32, one for each KV head, group of rows and sequence; zeros before and after every launch.
+        blocks: Of a launch: as many as can run at once.
+    """
+
+    partials: Tensor
+    tickets: Tensor
+    blocks: int
+
+    @staticmethod
+    def sizes(query: Tensor, kv: PackedKV, blocks: int) -> tuple[int, int]:
+        """Elements of `partials` and `tickets` that attention of `query` [B, H G, Q, D] over `kv` needs."""
+        batch, query_heads, positions, dim = query.shape
+        heads = kv.raw_keys.shape[1]
+        partial = ROWS * (kv.codec.layout.value_planes + dim + 3)
+        return blocks * 2 * partial, heads * -(-(query_heads // heads) * positions // ROWS) * batch
+
+    @classmethod
+    def make(cls, partials: int, tickets: int, blocks: int, device: torch.device) -> "Workspace":
+        return cls(torch.empty(partials, dtype=torch.float32, device=device), torch.zeros(tickets, dtype=torch.int32, device=device), blocks)
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
     """A launch of the kernel, ready to go.
 
@@ -93,13 +135,19 @@ class Launch:
 
 
 def plan_launch(
-    query: Tensor, kv: PackedKV, constants: KernelConstants, anchors: Tensor, blocks: int, scale: float | None, softcap: float | None, sinks: Tensor | None
+    query: Tensor,
+    kv: PackedKV,
+    constants: KernelConstants,
+    anchors: Tensor,
+    workspace: Workspace,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Launch:
-    """Everything of `attend` but the launch itself, on any device. `anchors`: see `anchor_table`; `blocks`: as many as can run at once."""
+    """Everything of `attend` but the launch itself, on any device. `anchors`: see `anchor_table`."""
     batch, query_heads, positions, dim = query.shape
     heads = kv.raw_keys.shape[1]
     groups = query_heads // heads
-    device = query.device
     softcapped, float_query = softcap is not None, query.dtype == torch.float32
     definitions = {
         **constants.definitions,
@@ -109,24 +157,26 @@ def plan_launch(
         "USE_SINKS": int(sinks is not None),
     }
     definitions["TRANSFORM_IN_SHARED"] = int(shared_bytes({**definitions, "TRANSFORM_IN_SHARED": 1}) <= _SHARED_LIMIT)
-    lengths = torch.tensor([[kv.packed // UNIT, kv.raw_keys.shape[-2]]], dtype=torch.int32, device=device).expand(batch, -1).contiguous()
-    row_groups = -(-groups * positions // ROWS)
-    partial = ROWS * (definitions["CV"] * 16 + dim + 3)
     out = query.new_empty((batch, positions, query_heads, dim))
     factor = (dim**-0.5 if scale is None else scale) * (1.0 if softcapped else _LOG2E)
     exact = (kv.exact_keys.contiguous(), kv.exact_values.contiguous(), kv.exact_slots.contiguous())
-    raw = [t.to(kv.exact_keys.dtype).contiguous() for t in (kv.raw_keys, kv.raw_values)]
+    raw = [_rows(t.to(kv.exact_keys.dtype)) for t in (kv.raw_keys, kv.raw_values)]
     arguments = (
-        query, kv.records.contiguous(), *exact, *raw, lengths, kv.start.contiguous(),
+        query, kv.records.contiguous(), *exact, *raw, kv.lengths.contiguous(), kv.start.contiguous(),
         constants.transform, constants.table, constants.scales, anchors, constants.turns, constants.value_rows, constants.value_mean,
         (sinks.float().contiguous() if sinks is not None else constants.scales), out,
-        torch.empty((blocks, 2, partial), dtype=torch.float32, device=device),
-        torch.zeros(heads * row_groups * batch, dtype=torch.int32, device=device),
+        workspace.partials, workspace.tickets,
         *(query.stride(i) for i in range(3)),
-        *(np.int32(x) for x in (batch, heads, groups, positions, kv.records.shape[2], kv.exact_slots.shape[1], raw[0].shape[2])),
+        *(np.int32(x) for x in (batch, heads, groups, positions, kv.records.shape[2], kv.exact_slots.shape[1], raw[0].stride(1) // dim)),
         np.int32(constants.rotary_pairs), np.int32(constants.interleaved), np.float32(factor), np.float32(softcap or 0.0),
     )  # fmt: skip
-    return Launch(definitions, arguments, blocks, shared_bytes(definitions), out)
+    return Launch(definitions, arguments, workspace.blocks, shared_bytes(definitions), out)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [B, H, R, D], copied unless it is the start of every head's rows in a contiguous store [B, H, capacity, D]."""
+    _, heads, _, dim = x.shape
+    return x if x.stride() == (heads * x.stride(1), x.stride(1), dim, 1) and x.stride(1) % dim == 0 else x.contiguous()
 
 
 def shared_bytes(definitions: dict[str, int]) -> int:

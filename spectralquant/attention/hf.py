@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 
-from spectralquant.attention.reference import attend
+from spectralquant.attention.dispatch import attend_packed, make_mask
 from spectralquant.codec.packed import LazyKV
 
 NAME = "spectralquant"
@@ -19,7 +19,7 @@ NAME = "spectralquant"
 def register() -> str:
     """Make the attention implementation known to transformers (idempotent) and return its name. No model changes by this."""
     AttentionInterface.register(NAME, spectral_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, make_mask)
     return NAME
 
 
@@ -37,7 +37,7 @@ def spectral_attention(
 ) -> tuple[Tensor, None]:
     """query [B, Hq, Q, D], key and value [B, H, T, D] or LazyKV, mask [B, 1, Q, T] bool or None -> [B, Q, Hq, D], None."""
     if isinstance(key, LazyKV):
-        out = attend(query, key.packed_kv, attention_mask, scaling, softcap, s_aux)
+        out = attend_packed(query, key.packed_kv, attention_mask, scaling, softcap, s_aux)
     else:
         out = dense_attention(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux, kwargs.get("is_causal"))
     return out.transpose(1, 2).contiguous(), None

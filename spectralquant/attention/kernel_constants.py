@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from spectralquant.codec.codec import LayerCodec
-from spectralquant.codec.quantizer import LloydMaxBits
 from spectralquant.errors import BackendError
 
 RANK_TOLERANCE = 2.0**-18
@@ -58,7 +57,7 @@ def build_constants(codec: LayerCodec) -> KernelConstants:
     Raises:
         BackendError: Its levels are no sums of planes ("lloyd-max").
     """
-    if isinstance(codec.key.quantizer, LloydMaxBits) or isinstance(codec.value.quantizer, LloydMaxBits):
+    if not codec.has_planes:
         raise BackendError("quantizer='lloyd-max' has levels that no kernel reads; use 'joint' or 'uniform', or backend='reference'")
     frame, dim = codec.frame, codec.head_dim
     run = frame.run if frame is not None else 0

@@ -14,11 +14,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from spectralquant.backend import choose_for_feature, resolve_backend
 from spectralquant.codec.codec import LayerCodec
 from spectralquant.codec.layout import MASKED_GAIN, UNIT, pack_gains, pack_planes
 from spectralquant.codec.packed import PackedKV
 from spectralquant.config import CacheConfig
-from spectralquant.errors import ShapeError
+from spectralquant.errors import BackendError, ShapeError
 
 EARLY = 4
 """Exact tokens that a layer may have beyond its share: secondary sinks come at the first delimiters of a text, before a share allows any. Like the
@@ -36,6 +37,7 @@ class Segment:
 
     Raises:
         ShapeError: `keys` has other heads or another head size than the codec.
+        BackendError: `config` asks for kernels that can't run here or can't read this codec.
     """
 
     def __init__(self, codec: LayerCodec, config: CacheConfig, keys: Tensor, start: Tensor) -> None:
@@ -45,6 +47,9 @@ class Segment:
             raise ShapeError(f"keys have {heads} heads of size {dim}, the calibration has {want[0]} of size {want[1]}; calibrate this model")
         self.codec, self.config, self.start, self.dtype = codec, config, start, keys.dtype
         self.tile_tokens = config.tile_on(keys.device.type)
+        self.kernels = _use_kernels(codec, config, keys.device)
+        self._padding: tuple[int, ...] | None = None
+        self.lengths = torch.zeros((batch, 2), dtype=torch.int32, device=keys.device)  # units packed, tokens in the window
         self.packed = self.recent = 0  # tokens in the packed store and in the window
         self.records = keys.new_empty((batch, heads, 0, codec.layout.record_bytes), dtype=torch.uint8)
         dtype = codec.exact_dtype if keys.dtype == torch.float32 else keys.dtype
@@ -63,7 +68,7 @@ class Segment:
         """Every tensor whose storage this segment holds (the codec's constants are counted apart)."""
         return [
             self.records, self.recent_keys, self.recent_values,
-            self.exact_keys, self.exact_values, self.exact_slots, self.secondary, self.start,
+            self.exact_keys, self.exact_values, self.exact_slots, self.secondary, self.start, self.lengths,
         ]  # fmt: skip
 
     def update(self, keys: Tensor, values: Tensor) -> PackedKV | None:
@@ -76,19 +81,26 @@ class Segment:
             self.recent_keys[:, :, self.recent : self.recent + count] = keys
             self.recent_values[:, :, self.recent : self.recent + count] = values
             self.recent += count
-            view = self._view(self.recent_keys[:, :, : self.recent], self.recent_values[:, :, : self.recent])
-            return None if was_empty else view
+            self.lengths[:, 1] += count
+            return None if was_empty else self._view(self.recent_keys[:, :, : self.recent], self.recent_values[:, :, : self.recent], self.lengths)
         if self.recent:
             keys = torch.cat([self.recent_keys[:, :, : self.recent].to(keys.dtype), keys], -2)
             values = torch.cat([self.recent_values[:, :, : self.recent].to(values.dtype), values], -2)
-        view = self._view(keys, values)
+        view = None if was_empty else self._view(keys, values, self.lengths + torch.tensor([0, count], dtype=torch.int32, device=keys.device))
         self._replace_recent(keys, values)
-        return None if was_empty else view
+        return view
 
-    def _view(self, raw_keys: Tensor, raw_values: Tensor) -> PackedKV:
+    @property
+    def padding(self) -> tuple[int, ...]:
+        """`start` on the host; read once."""
+        if self._padding is None:
+            self._padding = tuple(self.start.tolist())
+        return self._padding
+
+    def _view(self, raw_keys: Tensor, raw_values: Tensor, lengths: Tensor) -> PackedKV:
         return PackedKV(
             self.codec, self.records, self.packed, self.exact_keys, self.exact_values, self.exact_slots,
-            raw_keys, raw_values, self.start, self.dtype, self.tile_tokens,
+            raw_keys, raw_values, self.start, self.padding, lengths, self.dtype, self.tile_tokens, self.kernels,
         )  # fmt: skip
 
     def _replace_recent(self, keys: Tensor, values: Tensor) -> None:
@@ -101,12 +113,18 @@ class Segment:
         self.recent = count - blocks
         self.recent_keys[:, :, : self.recent] = keys[:, :, blocks:]
         self.recent_values[:, :, : self.recent] = values[:, :, blocks:]
+        self._write_lengths()
 
     def _pack_recent(self, count: int) -> None:
         self._pack(self.recent_keys[:, :, :count], self.recent_values[:, :, :count], reserve=count)
         for buffer in (self.recent_keys, self.recent_values):
             buffer[:, :, : self.recent - count] = buffer[:, :, count : self.recent].clone()
         self.recent -= count
+        self._write_lengths()
+
+    def _write_lengths(self) -> None:
+        self.lengths[:, 0] = self.packed // UNIT
+        self.lengths[:, 1] = self.recent
 
     def _pack(self, keys: Tensor, values: Tensor, reserve: int) -> None:
         """Encode slots packed .. packed + T - 1; T a multiple of 128. `reserve`: tokens still to come, this call's included."""
@@ -181,9 +199,10 @@ class Segment:
             return
         if length >= self.packed:
             self.recent = length - self.packed
+            self._write_lengths()
             return
         keep = length // UNIT * UNIT
-        view = self._view(self.recent_keys[:, :, :0], self.recent_values[:, :, :0])
+        view = self._view(self.recent_keys[:, :, :0], self.recent_values[:, :, :0], self.lengths)
         back = length - keep
         keys, values = (view.dense(which)[:, :, keep:length] for which in ("key", "value"))
         dropped = self.exact_slots >= keep
@@ -195,12 +214,14 @@ class Segment:
         self.packed, self.recent = keep, 0
         self.recent_keys[:, :, :back], self.recent_values[:, :, :back] = keys, values
         self.recent = back
+        self._write_lengths()
 
     def map_batch(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn`, which picks rows of dimension 0 and returns new storage, to every tensor."""
-        self.records, self.recent_keys, self.recent_values, self.exact_keys, self.exact_values, self.exact_slots, self.secondary, self.start = (
+        self.records, self.recent_keys, self.recent_values, self.exact_keys, self.exact_values, self.exact_slots, self.secondary, self.start, self.lengths = (
             fn(t) for t in self.tensors()
         )
+        self._padding = None
 
     def copy(self) -> "Segment":
         """An independent segment with the same content; the codec's constants are shared."""
@@ -208,6 +229,15 @@ class Segment:
         other.__dict__.update(self.__dict__)
         other.map_batch(torch.Tensor.clone)
         return other
+
+
+def _use_kernels(codec: LayerCodec, config: CacheConfig, device: torch.device) -> bool:
+    choice = choose_for_feature("decode attention", resolve_backend(config.backend, device))
+    if choice.name == "cuda" and not codec.has_planes:
+        if config.backend == "cuda":
+            raise BackendError("backend='cuda' can't be used: quantizer='lloyd-max' has levels that no kernel reads; use 'joint' or 'uniform'")
+        return False
+    return choice.name == "cuda"
 
 
 def _grow(tensor: Tensor, dim: int, size: int, fill: int) -> Tensor:

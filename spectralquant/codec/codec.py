@@ -27,7 +27,7 @@ from spectralquant.codebook import distortion_table
 from spectralquant.codec.budget import coordinate_bits, exact_bounds, plane_counts
 from spectralquant.codec.joint import JointPlanes, block_index, fit_codebooks
 from spectralquant.codec.layout import MAX_GAIN, RecordLayout, gain_codes, gain_values
-from spectralquant.codec.quantizer import EPS, MAX_BITS, Quantizer, build_quantizer, scalar_of
+from spectralquant.codec.quantizer import EPS, MAX_BITS, LloydMaxBits, Quantizer, build_quantizer, scalar_of
 from spectralquant.config import Dials
 from spectralquant.presets import CompressionPreset
 from spectralquant.profile import NORM_FLOOR, LayerProfile, Profile, SideProfile
@@ -132,6 +132,11 @@ class LayerCodec:
     def nbytes(self) -> int:
         """Bytes of the constants of this layer; the frame's tables are shared by all layers and counted once by `codec_nbytes`."""
         return self.key.nbytes + self.value.nbytes + self.value_norm.untyped_storage().nbytes()
+
+    @property
+    def has_planes(self) -> bool:
+        """Whether levels are sums of planes, which kernels read, and not entries of tables."""
+        return not any(isinstance(side.quantizer, LloydMaxBits) for side in (self.key, self.value))
 
     @property
     def head_dim(self) -> int:

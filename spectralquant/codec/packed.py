@@ -27,8 +27,11 @@ class PackedKV:
         exact_slots: [B, E] int32; -1 marks an unused entry.
         raw_keys, raw_values: [B, H, R, D], 16-bit or model dtype; slots `packed` .. `packed + R - 1`.
         start: [B] int64, slots of left padding.
+        padding: The same on the host.
+        lengths: [B, 2] int32, units packed and tokens raw, as kernels read them.
         dtype: The model's dtype.
         tile_tokens: Tokens that tile-wise readers unpack at a time.
+        kernels: Whether CUDA kernels may read it.
     """
 
     codec: LayerCodec
@@ -40,8 +43,11 @@ class PackedKV:
     raw_keys: Tensor
     raw_values: Tensor
     start: Tensor
+    padding: tuple[int, ...]
+    lengths: Tensor
     dtype: torch.dtype
     tile_tokens: int
+    kernels: bool
 
     @property
     def length(self) -> int:

@@ -7,7 +7,7 @@ struct Tile {
     const u16 *keys, *values;  // first row of the store
     const int* slots;          // of the exact store, or null: row i stands in slot first_slot + i
     int first, count;          // first row of the tile, rows of the store
-    int first_slot;
+    int first_slot;            // of the window: the end of the packed store
 };
 
 __device__ __forceinline__ Tile tile_of(const Arguments& a, const Stretch& s, int step) {
@@ -17,23 +17,24 @@ __device__ __forceinline__ Tile tile_of(const Arguments& a, const Stretch& s, in
         const i64 base = ((i64)s.batch * a.heads + s.head) * a.exact * D;
         t.keys = a.exact_keys + base, t.values = a.exact_values + base;
         t.slots = a.exact_slots + (i64)s.batch * a.exact;
-        t.first = at * TILE, t.count = a.exact, t.first_slot = 0;
+        t.first = at * TILE, t.count = a.exact;
     } else {
         const i64 base = ((i64)s.batch * a.heads + s.head) * a.raw * D;
         t.keys = a.raw_keys + base, t.values = a.raw_values + base;
         t.slots = nullptr;
-        t.first = (at - exact_tiles) * TILE, t.count = s.raw, t.first_slot = s.units * 128;
+        t.first = (at - exact_tiles) * TILE, t.count = s.raw;
     }
+    t.first_slot = s.units * 128;
     return t;
 }
 
-// Slot of row i of a tile, or a slot that nobody sees.
+// Slot of row i of a tile, or a slot that nobody sees: unused entries of the exact store, and those of tokens that are still in the window.
 __device__ __forceinline__ int slot_of(const Tile& t, int row) {
     const int none = 0x7fffffff;
     if (row >= t.count) return none;
     if (t.slots == nullptr) return t.first_slot + row;
     const int slot = t.slots[row];
-    return slot < 0 ? none : slot;
+    return slot < 0 || slot >= t.first_slot ? none : slot;
 }
 
 __device__ __forceinline__ void mma_dense(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {

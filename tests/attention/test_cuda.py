@@ -17,7 +17,7 @@ from host_kernels import compile_for_host
 from tolerances import FLOAT32
 from torch import Tensor
 
-from spectralquant.attention.cuda import ROWS, FusedAttention, Launch, anchor_table, plan_launch, runs_of
+from spectralquant.attention.cuda import ROWS, FusedAttention, Launch, Workspace, anchor_table, plan_launch, runs_of
 from spectralquant.attention.kernel_constants import build_constants
 from spectralquant.attention.reference import attend
 from spectralquant.cache.segment import Segment
@@ -99,7 +99,8 @@ class Case:
     def launch(self, blocks: int = 5) -> Launch:
         constants = build_constants(self.kv.codec)
         anchors = anchor_table(constants, runs_of(self.kv, constants.definitions["RUN"]), self.start.device)
-        return plan_launch(self.query, self.kv, constants, anchors, blocks, None, self.softcap, self.sinks)
+        workspace = Workspace.make(*Workspace.sizes(self.query, self.kv, blocks), blocks, self.start.device)
+        return plan_launch(self.query, self.kv, constants, anchors, workspace, None, self.softcap, self.sinks)
 
 
 CASES = {

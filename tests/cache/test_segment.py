@@ -30,7 +30,7 @@ def segment_of(codec: LayerCodec, keys: torch.Tensor) -> Segment:
 
 
 def content(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
-    view = segment._view(segment.recent_keys[:, :, : segment.recent], segment.recent_values[:, :, : segment.recent])
+    view = segment._view(segment.recent_keys[:, :, : segment.recent], segment.recent_values[:, :, : segment.recent], segment.lengths)
     return view.dense("key"), view.dense("value")
 
 
