@@ -46,4 +46,5 @@ static void commit_copies() {}
 template <int PENDING> static void wait_copies() {}
 static Quad32 load_shared16(u32 address) { Quad32 v; std::memcpy(&v, shared + address, 16); return v; }
 static float load_global(const float* p) { return *p; }
-static void store_global(float* p, float v) { *p = v; }
+static Float4 load_global16(const float* p) { return *(const Float4*)p; }
+static void store_global16(float* p, const Float4& v) { *(Float4*)p = v; }

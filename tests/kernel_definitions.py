@@ -14,13 +14,14 @@ _ATTEND = {
     "USE_SOFTCAP": 0,
     "USE_SINKS": 0,
     "TRANSFORM_IN_SHARED": 1,
+    "TABLE_IN_SHARED": 1,
 }
 
 REPRESENTATIVE: dict[str, list[dict[str, int]]] = {
     "attend.cu": [
         _ATTEND,
         {**_ATTEND, "D": 64, "CK": 4, "CV": 5, "CB": 2, "SPLIT_BIAS": 0, "FLOAT_QUERY": 1, "IS_BF16": 0},
-        {**_ATTEND, "D": 256, "CK": 17, "CV": 19, "TRANSFORM_IN_SHARED": 0, "USE_SOFTCAP": 1, "IS_BF16": 0},
+        {**_ATTEND, "D": 256, "CK": 17, "CV": 19, "TRANSFORM_IN_SHARED": 0, "TABLE_IN_SHARED": 0, "USE_SOFTCAP": 1, "IS_BF16": 0},
         {**_ATTEND, "D": 80, "CK": 5, "CV": 6, "RUN": 0, "CB": 1, "USE_SINKS": 1},
     ],
     "dense.cu": [{"KEY_PLANES": key, "VALUE_PLANES": value, "IS_KEY": side} for key, value in ((144, 160), (16, 48)) for side in (0, 1)],

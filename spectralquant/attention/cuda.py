@@ -156,7 +156,7 @@ def plan_launch(
         "USE_SOFTCAP": int(softcapped),
         "USE_SINKS": int(sinks is not None),
     }
-    definitions["TRANSFORM_IN_SHARED"] = int(shared_bytes({**definitions, "TRANSFORM_IN_SHARED": 1}) <= _SHARED_LIMIT)
+    definitions |= _placement(definitions)
     out = query.new_empty((batch, positions, query_heads, dim))
     factor = (dim**-0.5 if scale is None else scale) * (1.0 if softcapped else _LOG2E)
     exact = (kv.exact_keys.contiguous(), kv.exact_values.contiguous(), kv.exact_slots.contiguous())
@@ -179,6 +179,15 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride() == (heads * x.stride(1), x.stride(1), dim, 1) and x.stride(1) % dim == 0 else x.contiguous()
 
 
+def _placement(definitions: dict[str, int]) -> dict[str, int]:
+    """What fits into shared memory beside the records: the table, read for every unit, before the transform, read for every run."""
+    for transform, table in ((1, 1), (0, 1)):
+        placed = {"TRANSFORM_IN_SHARED": transform, "TABLE_IN_SHARED": table}
+        if shared_bytes({**definitions, **placed}) <= _SHARED_LIMIT:
+            return placed
+    return {"TRANSFORM_IN_SHARED": 0, "TABLE_IN_SHARED": 0}
+
+
 def shared_bytes(definitions: dict[str, int]) -> int:
     """Dynamic shared memory of a block: `Shared` in kernels/attend_shapes.cuh."""
     d = definitions
@@ -186,7 +195,7 @@ def shared_bytes(definitions: dict[str, int]) -> int:
     partial = 4 * ROWS * (planes + dim + 3)
     record = (d["CK"] + d["CV"]) * 512 + 2 * UNIT
     transform = (d["CK"] + d["CB"] * copies) * dim // 16 * 512 if d["TRANSFORM_IN_SHARED"] else 16
-    table = (d["RUN"] // 16 or 1) * d["CB"] * copies * 512
+    table = (d["RUN"] // 16 or 1) * d["CB"] * copies * 512 if d["TABLE_IN_SHARED"] else 16
     fixed = 4 * ROWS * (dim + 16) + dim // 16 * 2 * 32 * 8 + 4 * ROWS + 4 * 8 * ROWS + partial + 4
-    total = transform + table + 8 * (-(-max(record, partial) // 16) * 16) + fixed
+    total = transform + table + 8 * (-(-max(record, partial, 16 * ROWS * THREADS // 8) // 16) * 16) + fixed
     return -(-total // 128) * 128

@@ -24,8 +24,10 @@ __device__ __forceinline__ void load_constants(const Arguments& a, int head, Sha
     const Quad32* transform = a.transform + (i64)head * (TRANSFORM_BYTES / 16);
     for (int i = threadIdx.x; i < TRANSFORM_BYTES / 16; i += THREADS) copy16_async(shared_address(sm.transform) + i * 16, transform + i);
 #endif
+#if TABLE_IN_SHARED
     const Quad32* table = a.table + (i64)head * (TABLE_BYTES / 16);
     for (int i = threadIdx.x; i < TABLE_BYTES / 16; i += THREADS) copy16_async(shared_address(sm.table) + i * 16, table + i);
+#endif
     commit_copies();
 }
 
@@ -47,14 +49,15 @@ __device__ void attend_stretches(const Arguments& a, Shared& sm) {
     for (i64 line = (i64)blockIdx.x * share; line < end;) {
         Stretch s = locate(a, line, per_item, row_groups);
         s.last = s.first + (int)min(end - line, (i64)(s.count - s.first));
+        const int steps = s.last - s.first, from = s.first + steps * warp / WARPS, to = s.first + steps * (warp + 1) / WARPS, end_packed = min(to, s.units);
         if (s.head != loaded) load_constants(a, loaded = s.head, sm);
+        start_records(a, s, sm, from, end_packed);
         load_queries(a, s, sm);
-        wait_copies<0>();
+        wait_copies<2>();
         __syncthreads();
         State st;
         start_state(st);
-        const int steps = s.last - s.first, from = s.first + steps * warp / WARPS, to = s.first + steps * (warp + 1) / WARPS;
-        if (from < min(to, s.units)) packed_part(a, s, sm, st, from, min(to, s.units));
+        if (from < end_packed) packed_part(a, s, sm, st, from, end_packed);
         for (int step = max(from, s.units); step < to; step++) dense_step(a, s, sm, st, step);
         __syncwarp();
         write_state(st, (float*)sm.slots[warp]);

@@ -4,6 +4,10 @@
 // The dim of row r of chunk g of the dense sums (upper: of row r + 8), as `transposed` leaves them.
 __device__ __forceinline__ int dense_dim(int g, int r, int upper) { return 16 * g + 4 * (r >> 1) + (r & 1) + 2 * upper; }
 
+__device__ __forceinline__ void add_scaled(Float4& sum, const Float4& x, float w) {
+    sum.x += w * x.x, sum.y += w * x.y, sum.z += w * x.z, sum.w += w * x.w;
+}
+
 // A warp's state into its slot of shared memory, in the order of a partial result.
 __device__ void write_state(State& st, float* to) {
     const int lane = threadIdx.x & 31, r = lane >> 2, c = lane & 3;
@@ -32,24 +36,37 @@ __device__ void write_state(State& st, float* to) {
 }
 
 #define PEAKS (ROWS * (PV + D))
+#define AHEAD 8  // reads in flight: their latency is what joining costs
 
-// Joins partial results into sm.joined: `read(k, i)` is number i of the k-th of `count`. By the whole block.
-template <typename Read>
-__device__ __forceinline__ void join(Shared& sm, int count, float* weights, Read read) {
+// Joins partial results into sm.joined: `at(k)` is where the k-th of `count` lies, `read` and `read4` load from there. By the whole block.
+template <typename At, typename Read, typename Read4>
+__device__ __forceinline__ void join(Shared& sm, int count, float* weights, At at, Read read, Read4 read4) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    float peak = NOTHING;  // warp w joins the peaks of row w
-    for (int k = lane; k < count; k += 32) peak = fmaxf(peak, read(k, PEAKS + warp));
+    float peak = NOTHING, packed = 0.f, dense = 0.f;  // warp w joins peaks and masses of row w
+    for (int k = lane; k < count; k += 32) peak = fmaxf(peak, read(at(k) + PEAKS + warp));
 #pragma unroll
     for (int k = 16; k; k >>= 1) peak = fmaxf(peak, __shfl_xor_sync(FULL_WARP, peak, k));
-    for (int k = lane; k < count; k += 32) weights[k * ROWS + warp] = exp2_approx(read(k, PEAKS + warp) - peak);
-    if (lane == 0) sm.joined[PEAKS + warp] = peak;
+    for (int k = lane; k < count; k += 32) {
+        const float* rows = at(k) + PEAKS + warp;
+        const float w = exp2_approx(read(rows) - peak);
+        weights[k * ROWS + warp] = w;
+        packed += w * read(rows + ROWS), dense += w * read(rows + 2 * ROWS);
+    }
+#pragma unroll
+    for (int k = 16; k; k >>= 1) packed += __shfl_xor_sync(FULL_WARP, packed, k), dense += __shfl_xor_sync(FULL_WARP, dense, k);
+    if (lane == 0) sm.joined[PEAKS + warp] = peak, sm.joined[PEAKS + ROWS + warp] = packed, sm.joined[PEAKS + 2 * ROWS + warp] = dense;
     __syncthreads();
-    for (int i = threadIdx.x; i < PEAKS + 2 * ROWS; i += THREADS) {
-        const int row = i < ROWS * PV ? i / PV : i < PEAKS ? (i - ROWS * PV) / D : (i - PEAKS) % ROWS;
-        const int at = i < PEAKS ? i : i + ROWS;  // past the peaks: the masses
-        float sum = 0.f;
-        for (int k = 0; k < count; k++) sum += weights[k * ROWS + row] * read(k, at);
-        sm.joined[at] = sum;
+    for (int i = threadIdx.x; i < PEAKS / 4; i += THREADS) {
+        const int row = i < ROWS * PV / 4 ? i / (PV / 4) : (i - ROWS * PV / 4) / (D / 4);
+        Float4 sum = {0.f, 0.f, 0.f, 0.f};
+        for (int first = 0; first < count; first += AHEAD) {
+            Float4 x[AHEAD];
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++) x[k] = read4(at(min(first + k, count - 1)) + 4 * i);
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++) add_scaled(sum, x[k], first + k < count ? weights[(first + k) * ROWS + row] : 0.f);
+        }
+        *(Float4*)(sm.joined + 4 * i) = sum;
     }
     __syncthreads();
 }
@@ -64,41 +81,58 @@ __device__ __forceinline__ void write_out(const Arguments& a, i64 at, float x) {
 #endif
 }
 
+// Sums of a head in plane space, sm.joined, times the rows of V: `SLICES` parts of the output [8][D] in the warps' slots. By the whole block.
+#define QUADS (D / 4)
+#define SLICES (THREADS / QUADS)
+
+__device__ void leave_plane_space(const Arguments& a, int head, Shared& sm) {
+    const Float4* rows = (const Float4*)(a.value_rows + (i64)head * PV * D);
+    const int quad = threadIdx.x % QUADS, slice = threadIdx.x / QUADS;
+    if (slice >= SLICES) return;
+    Float4 x[ROWS];
+#pragma unroll
+    for (int n = 0; n < ROWS; n++) x[n] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll AHEAD
+    for (int p = slice; p < PV; p += SLICES) {
+        const Float4 w = rows[p * QUADS + quad];
+#pragma unroll
+        for (int n = 0; n < ROWS; n++) add_scaled(x[n], w, sm.joined[n * PV + p]);
+    }
+    Float4* parts = (Float4*)sm.slots;
+#pragma unroll
+    for (int n = 0; n < ROWS; n++) parts[(slice * ROWS + n) * QUADS + quad] = x[n];
+}
+
 // The joined sums of a head to its output: back from plane space, mean added, divided by the mass. By the whole block.
-__device__ void finish(const Arguments& a, const Stretch& s, const Shared& sm) {
-    const float* rows = a.value_rows + (i64)s.head * PV * D;
-    for (int i = threadIdx.x; i < 2 * D; i += THREADS) {
-        const int d = i % D, half = i / D;
-        float x[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 8
-        for (int p = 0; p < PV; p++) {
-            const float w = rows[p * D + d];
+__device__ void finish(const Arguments& a, const Stretch& s, Shared& sm) {
+    leave_plane_space(a, s.head, sm);
+    __syncthreads();
+    const float* parts = (const float*)sm.slots;
+    for (int i = threadIdx.x; i < ROWS * D; i += THREADS) {
+        const int n = i / D, d = i - n * D, row = s.row_group * ROWS + n, position = row / a.groups, head = s.head * a.groups + row - position * a.groups;
+        if (row >= a.groups * a.positions) break;
+        const float packed = sm.joined[PEAKS + ROWS + n];
+        float mass = packed + sm.joined[PEAKS + 2 * ROWS + n], sum = a.value_mean[s.head * D + d] * packed + sm.joined[ROWS * PV + i];
 #pragma unroll
-            for (int k = 0; k < 4; k++) x[k] += sm.joined[(4 * half + k) * PV + p] * w;
-        }
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            const int n = 4 * half + k, row = s.row_group * ROWS + n, position = row / a.groups, head = s.head * a.groups + row - position * a.groups;
-            if (row >= a.groups * a.positions) break;
-            const float packed = sm.joined[PEAKS + ROWS + n];
-            float mass = packed + sm.joined[PEAKS + 2 * ROWS + n], sum = x[k] + a.value_mean[s.head * D + d] * packed + sm.joined[ROWS * PV + n * D + d];
+        for (int k = 0; k < SLICES; k++) sum += parts[k * ROWS * D + i];
 #if USE_SINKS
-            const float peak = sm.joined[PEAKS + n], sink = a.sinks[head] * 1.442695041f, top = fmaxf(peak, sink), shrink = exp2_approx(peak - top);
-            mass = mass * shrink + exp2_approx(sink - top), sum *= shrink;
+        const float peak = sm.joined[PEAKS + n], sink = a.sinks[head] * 1.442695041f, top = fmaxf(peak, sink), shrink = exp2_approx(peak - top);
+        mass = mass * shrink + exp2_approx(sink - top), sum *= shrink;
 #endif
-            const i64 at = (((i64)s.batch * a.positions + position) * (a.heads * a.groups) + head) * D + d;
-            write_out(a, at, sm.joined[PEAKS + n] > 0.5f * NOTHING ? sum / mass : 0.f);  // a row that sees nothing is zero
-        }
+        const i64 at = (((i64)s.batch * a.positions + position) * (a.heads * a.groups) + head) * D + d;
+        write_out(a, at, sm.joined[PEAKS + n] > 0.5f * NOTHING ? sum / mass : 0.f);  // a row that sees nothing is zero
     }
 }
 
 // A block's stretch of one head is done: the warps' states are joined. A whole head is finished; a part of one is left for the last block to come.
 __device__ void leave(const Arguments& a, const Stretch& s, Shared& sm, i64 line, int share, int row_groups) {
-    join(sm, WARPS, &sm.weight[0][0], [&](int k, int i) { return ((const float*)sm.slots[k])[i]; });
+    join(
+        sm, WARPS, &sm.weight[0][0], [&](int k) { return (const float*)sm.slots[k]; }, [](const float* p) { return *p; },
+        [](const float* p) { return *(const Float4*)p; });
     if (s.last - s.first < s.count) {
         // A block has at most two parts: of the head that it goes on with, and of the head that it begins and does not finish.
         float* mine = a.partials + (2 * (i64)blockIdx.x + (s.first == 0)) * PARTIAL;
-        for (int i = threadIdx.x; i < PARTIAL; i += THREADS) store_global(mine + i, sm.joined[i]);
+        for (int i = threadIdx.x; i < PARTIAL / 4; i += THREADS) store_global16(mine + 4 * i, *(const Float4*)(sm.joined + 4 * i));
         __threadfence();
         __syncthreads();
         const i64 begin = line - s.first;  // of the head's steps on the line
@@ -113,7 +147,9 @@ __device__ void leave(const Arguments& a, const Stretch& s, Shared& sm, i64 line
         if (!sm.last) return;
         // In order of blocks: which one comes last must not change the sum.
         const float* first = a.partials + 2 * (i64)first_block * PARTIAL;
-        join(sm, parts, (float*)sm.slots, [&](int k, int i) { return load_global(first + (2 * (i64)k + (k == 0)) * PARTIAL + i); });
+        join(
+            sm, parts, (float*)sm.slots, [&](int k) { return first + (2 * (i64)k + (k == 0)) * PARTIAL; }, [](const float* p) { return load_global(p); },
+            [](const float* p) { return load_global16(p); });
     }
     finish(a, s, sm);
 }

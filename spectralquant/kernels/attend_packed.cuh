@@ -16,9 +16,19 @@ __device__ __forceinline__ void copy_part(u32 to, const u8* from, bool wanted) {
     commit_copies();
 }
 
+// A fragment of the table of mean scores: one tile of 16 tokens, 16 of the rank.
+__device__ __forceinline__ Quad32 table_fragment(const Arguments& a, const Shared& sm, int head, int fragment) {
+    const int at = fragment * 32 + (threadIdx.x & 31);
+#if TABLE_IN_SHARED
+    return load_shared16(shared_address(sm.table) + at * 16);
+#else
+    return a.table[(i64)head * (TABLE_BYTES / 16) + at];
+#endif
+}
+
 // Scores of the 128 tokens of a unit: s[j][0..1] token 16 j + r, s[j][2..3] token 16 j + r + 8.
 __device__ __forceinline__ void packed_scores(
-    const Arguments& a, const Shared& sm, const Mapped& q, int unit, u32 keys, const float (&factor)[2], float (&s)[8][4]) {
+    const Arguments& a, const Shared& sm, const Mapped& q, int head, int unit, u32 keys, const float (&factor)[2], float (&s)[8][4]) {
     const int lane = threadIdx.x & 31, r = lane >> 2;
 #pragma unroll
     for (int j = 0; j < 8; j++) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.f;
@@ -39,18 +49,17 @@ __device__ __forceinline__ void packed_scores(
         s[j][2] = (s[j][2] * unscaled - q.zero[0][0]) * g1;
         s[j][3] = (s[j][3] * unscaled - q.zero[0][1]) * g1;
     }
-    const u32 table = shared_address(sm.table) + lane * 16;
     const int first_tile = RUN ? unit % (RUN / 128) * 8 : 0;
 #pragma unroll
     for (int c = 0; c < CB; c++)
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const int tile = RUN ? first_tile + j : 0;
-            const Quad32 t = load_shared16(table + (tile * CB + c) * 512);
+            const Quad32 t = table_fragment(a, sm, head, tile * CB + c);
             mma_f16(s[j], t.x, t.y, t.z, t.w, q.mean[0][c][0][0], q.mean[0][c][0][1]);
 #if SPLIT_BIAS
             mma_f16(s[j], t.x, t.y, t.z, t.w, q.mean[0][c][1][0], q.mean[0][c][1][1]);
-            const Quad32 low = load_shared16(table + ((TABLE_TILES + tile) * CB + c) * 512);
+            const Quad32 low = table_fragment(a, sm, head, (TABLE_TILES + tile) * CB + c);
             mma_f16(s[j], low.x, low.y, low.z, low.w, q.mean[0][c][0][0], q.mean[0][c][0][1]);
 #endif
         }
@@ -114,13 +123,23 @@ __device__ __forceinline__ void add_packed(State& st, float (&s)[8][4], u32 valu
     }
 }
 
-// Packed steps first .. last - 1 of a head, by one warp. The record's slot is refilled half by half, as soon as a half is used up.
+__device__ __forceinline__ const u8* first_record(const Arguments& a, const Stretch& s) {
+    return a.records + ((i64)s.batch * a.heads + s.head) * a.units * RECORD;
+}
+
+// Record `first` on its way to the warp's slot, as two groups of copies, unless there is nothing up to `last`.
+__device__ __forceinline__ void start_records(const Arguments& a, const Stretch& s, Shared& sm, int first, int last) {
+    const u32 keys = shared_address(sm.slots[threadIdx.x >> 5]);
+    const u8* from = first_record(a, s) + (i64)first * RECORD;
+    copy_part<KEY_PART>(keys, from, first < last);
+    copy_part<VALUE_PART>(keys + KEY_PART, from + KEY_PART, first < last);
+}
+
+// Packed steps first .. last - 1 of a head, by one warp, once `start_records` was called. The slot is refilled half by half, as soon as a half is used up.
 __device__ void packed_part(const Arguments& a, const Stretch& s, Shared& sm, State& st, int first, int last) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, c = lane & 3;
-    const u8* base = a.records + ((i64)s.batch * a.heads + s.head) * a.units * RECORD;
+    const u8* base = first_record(a, s);
     const u32 keys = shared_address(sm.slots[warp]), values = keys + KEY_PART;
-    copy_part<KEY_PART>(keys, base + (i64)first * RECORD, first < last);
-    copy_part<VALUE_PART>(values, base + (i64)first * RECORD + KEY_PART, first < last);
     const float head_scale = a.scales[2 * s.head] * a.scale, mean_scale = a.scales[2 * s.head + 1];
     const float factor[2] = {head_scale * sm.norm[2 * c], head_scale * sm.norm[2 * c + 1]};
     Mapped q;
@@ -135,7 +154,7 @@ __device__ void packed_part(const Arguments& a, const Stretch& s, Shared& sm, St
         float scores[8][4];
         wait_copies<1>();
         __syncwarp();
-        packed_scores(a, sm, q, unit, keys, factor, scores);
+        packed_scores(a, sm, q, s.head, unit, keys, factor, scores);
         __syncwarp();
         copy_part<KEY_PART>(keys, base + (i64)(unit + 1) * RECORD, unit + 1 < last);
         wait_copies<1>();

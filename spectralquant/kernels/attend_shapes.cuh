@@ -6,10 +6,10 @@
 //   CK, CV     chunks of 16 planes of K and V                FLOAT_QUERY   1: queries and output are float32
 //   CB         chunks of 16 of the mean scores' rank         IS_BF16       1: exact tokens (and queries, unless float32) are bfloat16, else float16
 //   RUN        tokens per anchored run (256), 0: plain       USE_SOFTCAP, USE_SINKS
-//   TRANSFORM_IN_SHARED  0: too large, read through the L2 (D = 256)
+//   TRANSFORM_IN_SHARED, TABLE_IN_SHARED  0: too large, read through the caches (D = 256)
 
 #if !defined(D) || !defined(CK) || !defined(CV) || !defined(CB) || !defined(RUN) || !defined(SPLIT_BIAS) || !defined(FLOAT_QUERY) || !defined(IS_BF16) || \
-    !defined(USE_SOFTCAP) || !defined(USE_SINKS) || !defined(TRANSFORM_IN_SHARED)
+    !defined(USE_SOFTCAP) || !defined(USE_SINKS) || !defined(TRANSFORM_IN_SHARED) || !defined(TABLE_IN_SHARED)
 #error "a definition is missing, see above"
 #endif
 
@@ -29,7 +29,9 @@
 #define TABLE_BYTES (TABLE_TILES * CB * BIAS_COPIES * 512)
 #define QUERY_STRIDE (D + 16)  // floats; the pad keeps rows on different banks
 #define PARTIAL (ROWS * (PV + D) + 3 * ROWS)  // floats: planes [8][PV], dense [8][D], then peak, packed mass and dense mass [8] each
-#define SLOT_BYTES ((RECORD > PARTIAL * 4 ? RECORD : PARTIAL * 4) + 15 & ~15)
+#define PARTS_BYTES (4 * ROWS * THREADS * 4)  // of all slots: the output in as many parts as threads can make at once, see attend_join.cuh
+#define LARGER(x, y) ((x) > (y) ? (x) : (y))
+#define SLOT_BYTES (LARGER(LARGER(RECORD, PARTIAL * 4), PARTS_BYTES / WARPS) + 15 & ~15)
 #define NOTHING -1e30f
 #define WEIGHT_SCALE 4096.f  // of the fp16 weights of packed values: their least normal number is 6e-5
 
@@ -63,13 +65,13 @@ struct Arguments {
 
 struct Shared {
     alignas(128) u8 transform[TRANSFORM_IN_SHARED ? TRANSFORM_BYTES : 16];
-    u8 table[TABLE_BYTES];
+    u8 table[TABLE_IN_SHARED ? TABLE_BYTES : 16];
     u8 slots[WARPS][SLOT_BYTES];             // a record in flight per warp; afterwards its partial result
     float pairs[ROWS][QUERY_STRIDE];         // queries without their start, as rotary pairs, divided by a power of two to at most 1
     u32 dense_query[DIM_CHUNKS][2][32][2];   // fragments of the queries as they came: high and low parts
     float norm[ROWS];                        // the powers of two
     float weight[WARPS][ROWS];
-    float joined[PARTIAL];
+    alignas(16) float joined[PARTIAL];
     int last;
 };
 

@@ -85,6 +85,12 @@ __device__ __forceinline__ float load_global(const float* p) {
     return v;
 }
 
-__device__ __forceinline__ void store_global(float* p, float v) {
-    asm volatile("st.global.cg.f32 [%0],%1;" ::"l"(p), "f"(v) : "memory");
+__device__ __forceinline__ Float4 load_global16(const float* p) {
+    Float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3},[%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ void store_global16(float* p, const Float4& v) {
+    asm volatile("st.global.cg.v4.f32 [%0],{%1,%2,%3,%4};" ::"l"(p), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
