@@ -24,7 +24,7 @@ class Plan:
         tasks: Among "language", "needles" and "problems".
         texts: Name -> source, see `texts.read_text`.
         contexts: Tokens in the cache before the first scored token.
-        windows: Windows per text and context, spread evenly over the text.
+        windows: Windows per text, spread evenly over it; all contexts of a window end at the same token.
         scored: Scored tokens per window, fed in pieces of `chunk` so that they read codes.
         chunk: 1 to 16; a long piece would attend to itself uncoded.
         needle_lengths: Tokens of haystack.

@@ -13,13 +13,15 @@ from spectralquant.evaluation.texts import read_text, spread_windows, tokenise
 
 
 def units(plan: Plan, subject: Subject) -> list[Unit]:
-    """One unit per text, context length and window."""
+    """One unit per text, context length and window. All contexts of a window end at the same token, so the tokens that are scored are the same."""
     found = []
     for name, source in plan.texts.items():
         ids = tokenise(subject.tokenizer, read_text(source))
+        windows = spread_windows(ids, max(plan.contexts) + plan.scored, plan.windows, plan.seed, name)
         for context in plan.contexts:
-            for i, window in enumerate(spread_windows(ids, context + plan.scored, plan.windows, plan.seed, name)):
-                found.append(Unit(f"{name}/{context}/{i}", window, {"text": name, "context": context, "window": i}))
+            for i, window in enumerate(windows):
+                tail = window[:, -(context + plan.scored) :]
+                found.append(Unit(f"{name}/{context}/{i}", tail, {"text": name, "context": context, "window": i}))
     return found
 
 
