@@ -59,7 +59,7 @@ def test_dials_rejects_out_of_range(dial: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "setting",
     [
-        {"sinks": -1}, {"sinks": 65}, {"sinks": 1.5}, {"window": 0}, {"window": 65_537}, {"tile_tokens": 128}, {"tile_tokens": 300},
+        {"sinks": -1}, {"sinks": 65}, {"sinks": 1.5}, {"window": 0}, {"window": 65_537}, {"tile_tokens": 128}, {"tile_tokens": 300}, {"backend": "triton"},
         {"max_exact_share": -0.01}, {"max_exact_share": 0.26}, {"max_exact_share": float("nan")},
     ],
     ids=str,
@@ -71,7 +71,16 @@ def test_cache_config_rejects_out_of_range(setting: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    [{"sinks": 0}, {"sinks": 64}, {"window": 1}, {"window": 65_536}, {"tile_tokens": 256}, {"max_exact_share": 0.0}, {"max_exact_share": 0.25}],
+    [
+        {"sinks": 0},
+        {"sinks": 64},
+        {"window": 1},
+        {"window": 65_536},
+        {"tile_tokens": 256},
+        {"max_exact_share": 0.0},
+        {"max_exact_share": 0.25},
+        {"backend": "cuda"},
+    ],
     ids=str,
 )
 def test_cache_config_takes_its_bounds(setting: dict[str, Any]) -> None:

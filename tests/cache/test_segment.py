@@ -3,14 +3,17 @@
 from dataclasses import replace
 
 import pytest
+import synthetic
 import torch
 
+from spectralquant.backend import BackendChoice
 from spectralquant.cache.segment import EARLY, Segment
-from spectralquant.codec.codec import LayerCodec
+from spectralquant.codec.codec import LayerCodec, build_codec
 from spectralquant.codec.layout import UNIT
-from spectralquant.config import CacheConfig
+from spectralquant.config import CacheConfig, Dials
 from spectralquant.engine import SpectralQuantEngine
-from spectralquant.errors import ShapeError
+from spectralquant.errors import BackendError, ShapeError
+from spectralquant.presets import PRESETS
 
 CONFIG = CacheConfig(window=32, tile_tokens=256)
 
@@ -126,6 +129,45 @@ def test_crop_then_continue(codec: LayerCodec, poison: None, length: int) -> Non
     more = random_kv(codec, 300)
     segment.update(*more)
     assert segment.length == length + 300 and content(segment)[0].isfinite().all()
+
+
+def test_lengths_on_the_device_follow(codec: LayerCodec) -> None:
+    """Kernels read lengths from a tensor: after every step it holds what the host knows, and a view its own."""
+    keys, values = random_kv(codec, 600)
+    segment, first = segment_of(codec, keys), 0
+    for count in (200, 1, 90, 16, 150, 1, 142):
+        view = segment.update(keys[:, :, first : first + count], values[:, :, first : first + count])
+        first += count
+        if view is not None:
+            assert view.lengths.tolist() == [[view.packed // UNIT, view.raw_keys.shape[-2]]] * 2
+        assert segment.lengths.tolist() == [[segment.packed // UNIT, segment.recent]] * 2
+    for length in (590, 300, 131, 0):
+        segment.crop(length)
+        assert segment.lengths.tolist() == [[segment.packed // UNIT, segment.recent]] * 2
+
+
+def test_padding_on_the_host_follows_the_batch(codec: LayerCodec) -> None:
+    keys, values = random_kv(codec, 300)
+    segment = Segment(codec, CONFIG, keys, torch.tensor([0, 7]))
+    segment.update(keys, values)
+    assert segment.padding == (0, 7)
+    segment.map_batch(lambda t: t[[1, 0, 1]])
+    assert segment.padding == (7, 0, 7) and segment.lengths.shape == (3, 2)
+
+
+def test_backend_is_chosen_once(codec: LayerCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = random_kv(codec, 1)[0]
+    start = torch.zeros(2, dtype=torch.int64)
+    assert not Segment(codec, CacheConfig(), keys, start).kernels
+    with pytest.raises(BackendError, match="not on an NVIDIA GPU"):
+        Segment(codec, CacheConfig(backend="cuda"), keys, start)
+    monkeypatch.setattr("spectralquant.cache.segment.resolve_backend", lambda *_: BackendChoice("cuda", "of this test"))
+    tables = build_codec(synthetic.profile(layers=(0,)), PRESETS["high"], Dials(), quantizer="lloyd-max")[0]
+    keys = torch.zeros(2, 2, 1, 64)
+    assert Segment(codec, CacheConfig(), random_kv(codec, 1)[0], start).kernels
+    assert not Segment(tables, CacheConfig(), keys, start).kernels
+    with pytest.raises(BackendError, match="lloyd-max"):
+        Segment(tables, CacheConfig(backend="cuda"), keys, start)
 
 
 def test_copy_is_independent(codec: LayerCodec) -> None:
