@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, in one go: tests of the kernels, the sanitizers where they are installed, and the attention benchmark.
+#
+#     benchmarks/gpu.sh [FILE]        writes the benchmark to FILE, default benchmarks/results/attention-<card>.json
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+card=$(python -c 'import torch; print(torch.cuda.get_device_name().split()[1].lower())')
+out=${1:-benchmarks/results/attention-$card.json}
+
+python -m pytest -q -m gpu tests
+if command -v compute-sanitizer > /dev/null; then
+    for tool in memcheck racecheck; do
+        compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 \
+            python -m pytest -q -m gpu tests/attention -k "float32 or bfloat16 or 128 or 256 or joint"
+    done
+fi
+python benchmarks/attention.py --out "$out"
