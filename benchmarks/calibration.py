@@ -46,13 +46,13 @@ from spectralquant.calibration.hf import ModelStatistics, collect
 from spectralquant.cli.models import load_model
 from spectralquant.codec.quantizer import scalar_of
 from spectralquant.config import require_int
-from spectralquant.corpus import SAMPLE_TOKENS, Samples, make_samples
+from spectralquant.corpus import SAMPLE_TOKENS, Samples, leading_tokens, make_samples
 from spectralquant.errors import CalibrationError, ConfigError
 from spectralquant.evaluation.metrics import standard_error, token_divergence
 from spectralquant.evaluation.plan import DEFAULT_TEXTS
 from spectralquant.evaluation.runner import write_json
 from spectralquant.evaluation.tasks.base import continue_with, hand_over, read_context
-from spectralquant.evaluation.texts import read_text, spread_windows, tokenise
+from spectralquant.evaluation.texts import begin_with, read_text, spread_windows, tokenise
 from spectralquant.profile import Choices, Profile
 from spectralquant.selection import choose, prepare, with_exact_tokens
 
@@ -123,8 +123,10 @@ def changes(choices: Choices) -> dict[str, Any]:
 def read_references(model: Any, tokenizer: Any, texts: dict[str, str], args: argparse.Namespace) -> dict[str, list[Reference]]:
     """Text -> windows; the log-probabilities are the model's over the whole window at once, without a cache."""
     found: dict[str, list[Reference]] = {name: [] for name in texts}
+    lead = leading_tokens(tokenizer)
     for name, text in texts.items():
-        for window in tqdm(spread_windows(tokenise(tokenizer, text), args.context + args.scored, args.windows, 0, name), desc=f"reference of {name}"):
+        windows = spread_windows(tokenise(tokenizer, text), args.context + args.scored, args.windows, 0, name)
+        for window in tqdm([begin_with(lead, w) for w in windows], desc=f"reference of {name}"):
             ids = window.to(model.device)
             context = [(k.cpu(), v.cpu()) for k, v in read_context(model, ids[:, : args.context])]
             logits = model(input_ids=ids, use_cache=False, logits_to_keep=args.scored).logits[0, -args.scored :]

@@ -52,7 +52,8 @@ class Samples:
 
 
 def make_samples(tokenizer: Any, texts: "list[str] | None", n_samples: int | None = None, max_tokens: int = DEFAULT_TOKENS, seed: int = 0) -> Samples:
-    """Cut texts into samples: every text gives about the same number of tokens, in an order shuffled by `seed`.
+    """Cut texts into samples: every text gives about the same number of tokens, in an order shuffled by `seed`. Samples and windows begin as the
+    tokenizer begins every text, see `leading_tokens`.
 
     Held-out windows are the ends of texts of many kinds; without a text long enough, the last tokens of all are held out.
 
@@ -62,7 +63,7 @@ def make_samples(tokenizer: Any, texts: "list[str] | None", n_samples: int | Non
     """
     texts = get_default_calibration_texts(n_samples) if texts is None else check_texts(texts, n_samples)
     streams = [tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"] for text in texts]
-    held_out = _hold_out(streams)
+    held_out, lead = _hold_out(streams), leading_tokens(tokenizer)
     order = torch.randperm(len(streams), generator=torch.Generator().manual_seed(seed)).tolist()
     share = _level([len(s) for s in streams], max_tokens)
     used = [token for i in order for token in streams[i][:share]]
@@ -72,7 +73,15 @@ def make_samples(tokenizer: Any, texts: "list[str] | None", n_samples: int | Non
     if len(held_out[0]) < 32:
         total = sum(len(s) for s in streams)
         raise CalibrationError(f"the calibration text has {total} tokens, which is too short: at least 256 are needed, {DEFAULT_TOKENS} are recommended")
-    return Samples(_cut(used, SAMPLE_TOKENS), [torch.tensor([window]) for window in held_out])
+    return Samples(_cut(used, SAMPLE_TOKENS, lead), [torch.tensor([lead + window[len(lead) :]]) for window in held_out])
+
+
+def leading_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts in front of every text, such as BOS. A model that was trained with it is another model without: Gemma's perplexity is in
+    the thousands.
+    """
+    whole, bare = list(tokenizer("a")["input_ids"]), list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    return whole[: whole.index(bare[0])] if bare else whole
 
 
 def _hold_out(streams: list[list[int]]) -> list[list[int]]:
@@ -115,6 +124,7 @@ def _level(lengths: list[int], budget: int) -> int:
     return low
 
 
-def _cut(tokens: list[int], size: int) -> list[Tensor]:
-    pieces = [tokens[i : i + size] for i in range(0, len(tokens), size)]
+def _cut(tokens: list[int], size: int, lead: list[int]) -> list[Tensor]:
+    share = size - len(lead)
+    pieces = [lead + tokens[i : i + share] for i in range(0, len(tokens), share)]
     return [torch.tensor([p]) for p in pieces if len(p) >= 16]

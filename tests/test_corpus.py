@@ -13,9 +13,11 @@ from spectralquant.errors import CalibrationError, ConfigError
 class NumberTokenizer:
     """Whitespace tokenizer of numbers, so that every token tells where it came from."""
 
+    lead: tuple[int, ...] = ()
+
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        assert not add_special_tokens, "special tokens would repeat in every text"
-        return {"input_ids": [int(word) for word in text.split()]}
+        assert not add_special_tokens or text == "a", "special tokens would repeat in every text"
+        return {"input_ids": [*self.lead] * add_special_tokens + [int(word) if word.isdigit() else 7 for word in text.split()]}
 
 
 TOKENIZER = NumberTokenizer()
@@ -55,6 +57,17 @@ def test_make_samples_is_shuffled_by_its_seed() -> None:
     assert flat(first.statistics) == flat(again.statistics) and flat(first.held_out) == flat(again.held_out)
     assert flat(first.statistics) != flat(other.statistics)
     assert sorted(flat(first.statistics)) == sorted(flat(other.statistics))
+
+
+def test_samples_begin_as_every_text_does() -> None:
+    tokenizer = NumberTokenizer()
+    tokenizer.lead = (-2, -1)
+    made = make_samples(tokenizer, [text(i, 3000) for i in range(4)], max_tokens=5000)
+    for sample in (*made.statistics, *made.held_out):
+        assert sample[0, :2].tolist() == [-2, -1] and (sample[0, 2:] >= 0).all()
+    assert all(s.shape[1] <= SAMPLE_TOKENS for s in made.statistics) and all(w.shape[1] == HELD_OUT_TOKENS for w in made.held_out)
+    body = [token for s in made.statistics for token in s[0, 2:].tolist()]
+    assert len(set(body)) == len(body)
 
 
 def test_make_samples_takes_the_first_n_texts() -> None:

@@ -58,6 +58,11 @@ def tokenise(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor([[token for piece in ids for token in piece]])
 
 
+def begin_with(lead: list[int], window: Tensor) -> Tensor:
+    """`window` [1, T] with its first tokens replaced by `lead`: a window from mid-text begins as the tokenizer begins every text."""
+    return torch.cat([torch.tensor([lead], dtype=window.dtype), window[:, len(lead) :]], 1)
+
+
 def spread_windows(ids: Tensor, size: int, count: int, seed: int, name: str) -> list[Tensor]:
     """`count` windows [1, size] spread evenly over ids [1, N], shifted together by an offset that `seed` decides.
 

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from spectralquant import SpectralQuantEngine
 from spectralquant.cache.hf import cache_argument
-from spectralquant.corpus import Samples, get_default_calibration_texts, make_samples
+from spectralquant.corpus import Samples, get_default_calibration_texts, leading_tokens, make_samples
 from spectralquant.errors import ConfigError
-from spectralquant.evaluation.texts import spread_windows, tokenise
+from spectralquant.evaluation.texts import begin_with, spread_windows, tokenise
 
 STUDIES = ("tokens", "kinds", "shift", "seeds", "menu")
 CONTEXT, SCORED = 320, 32
@@ -194,7 +194,8 @@ def test_a_line_agrees_with_a_direct_computation(full: Path, model: PreTrainedMo
     assert result["tokens"] == line["tokens"] and result["certificate"]["kl"] == pytest.approx(line["certificate_kl"], rel=1e-4)
     for name, path in texts.items():
         expected = []
-        for ids in spread_windows(tokenise(tokenizer, path.read_text(encoding="utf-8")), CONTEXT + SCORED, 2, 0, name):
+        for window in spread_windows(tokenise(tokenizer, path.read_text(encoding="utf-8")), CONTEXT + SCORED, 2, 0, name):
+            ids = begin_with(leading_tokens(tokenizer), window)
             want = model(ids, use_cache=False).logits[0, CONTEXT:].log_softmax(-1)
             with engine.applied_to(model):
                 cache = engine.cache(model)

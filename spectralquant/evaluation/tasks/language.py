@@ -5,22 +5,23 @@ from typing import Any
 
 from transformers import DynamicCache
 
+from spectralquant.corpus import leading_tokens
 from spectralquant.evaluation.methods import Prepared, Subject
 from spectralquant.evaluation.metrics import token_divergence
 from spectralquant.evaluation.plan import Plan
 from spectralquant.evaluation.tasks.base import Task, Unit, continue_with, hand_over, read_context
-from spectralquant.evaluation.texts import read_text, spread_windows, tokenise
+from spectralquant.evaluation.texts import begin_with, read_text, spread_windows, tokenise
 
 
 def units(plan: Plan, subject: Subject) -> list[Unit]:
     """One unit per text, context length and window. All contexts of a window end at the same token, so the tokens that are scored are the same."""
-    found = []
+    found, lead = [], leading_tokens(subject.tokenizer)
     for name, source in plan.texts.items():
         ids = tokenise(subject.tokenizer, read_text(source))
         windows = spread_windows(ids, max(plan.contexts) + plan.scored, plan.windows, plan.seed, name)
         for context in plan.contexts:
             for i, window in enumerate(windows):
-                tail = window[:, -(context + plan.scored) :]
+                tail = begin_with(lead, window[:, -(context + plan.scored) :])
                 found.append(Unit(f"{name}/{context}/{i}", tail, {"text": name, "context": context, "window": i}))
     return found
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from spectralquant.corpus import leading_tokens
 from spectralquant.errors import ConfigError
 from spectralquant.evaluation.methods import Prepared, Subject
 from spectralquant.evaluation.plan import Plan
@@ -144,8 +145,7 @@ def read_haystack(plan: Plan, tokenizer: Any) -> Haystack:
         raise ConfigError("texts is empty: the needles task hides its needles in the first text, name one")
     name, source = next(iter(plan.texts.items()))
     text = read_text(source)
-    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    return Haystack(name, text, tokenise(tokenizer, text)[0].tolist(), list(whole[: whole.index(bare[0])]), tokenizer)
+    return Haystack(name, text, tokenise(tokenizer, text)[0].tolist(), leading_tokens(tokenizer), tokenizer)
 
 
 def make_search(haystack: Haystack, kind: str, length: int, depth: float, rng: random.Random) -> Search:

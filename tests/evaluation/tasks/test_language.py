@@ -28,17 +28,19 @@ def coarse(step: float, subject: Subject) -> Prepared:
 
 
 def test_units_are_reproducible_and_spread(plan: Plan, subject: Subject, story: Path) -> None:
-    """Windows of one length do not overlap, lie in order, and reach over the whole text."""
+    """Windows of one length do not overlap, lie in order, reach over the whole text, and begin with BOS; those of all lengths end alike."""
     found, again = units(plan, subject), units(plan, subject)
     assert [u.key for u in found] == [f"story/{context}/{i}" for context in (96, 200) for i in range(3)]
     assert all(torch.equal(a.content, b.content) for a, b in zip(found, again, strict=True))
     text = story.read_text(encoding="utf-8")
     for context in (96, 200):
         mine = [u for u in found if u.fields["context"] == context]
-        starts = [text.index(subject.tokenizer.decode(u.content[0])) for u in mine]
+        starts = [text.index(subject.tokenizer.decode(u.content[0, 1:])) for u in mine]
+        assert all(u.content[0, 0] == 1 for u in mine)
         assert all(u.content.shape == (1, context + 24) for u in mine)
         gaps = [b - a for a, b in pairwise(starts)]
         assert min(gaps) >= context + 24 and max(gaps) - min(gaps) <= 1
+        assert all(torch.equal(u.content[:, -24:], v.content[:, -24:]) for u, v in zip(mine, found[:3], strict=True))
         assert starts[0] < len(text) / 3 and starts[-1] > len(text) / 2
 
 
