@@ -24,7 +24,7 @@ from torch import Tensor
 from spectralquant.errors import ProfileError
 from spectralquant.rope import Rotary
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 KEY, VALUE = "key", "value"
 NORM_FLOOR = 1e-12
 """Least |v|^2 of a token: a head of zeros, as pruning leaves them, has values of the usual size, not attention sinks."""

@@ -1,5 +1,6 @@
 """The engine and the API on a tiny model: what they return, what they leave alone, what they refuse."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +243,17 @@ def test_models_without_attention_are_refused(tokenizer: TinyTokenizer) -> None:
     model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64))
     with pytest.raises(UnsupportedModelError, match="MambaForCausalLM has no attention heads: there is nothing to compress"):
         SpectralQuant().calibrate(model, tokenizer)
+
+
+def test_fingerprint_is_that_of_the_model_in_any_dtype() -> None:
+    """Weights that are no 16-bit numbers, as those of dequantised GGUF files; a fine-tune by a few parts in a thousand is another model."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    own = fingerprint(model)["weights"]
+    assert all(fingerprint(deepcopy(model).to(dtype))["weights"] == own for dtype in (torch.bfloat16, torch.float16))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 1e-4)
+    assert fingerprint(model)["weights"] != own

@@ -199,7 +199,7 @@ def test_load_profile_rejects_wrong_shape_of_value_norms(tmp_path: Path, shape: 
 @pytest.mark.parametrize("version", ["0", "2", "3.0", "", None])
 def test_load_profile_rejects_other_versions(saved: Path, version: str | None) -> None:
     rewrite(saved, {"version": version})
-    with pytest.raises(ProfileError, match=r"format version .* this release reads 3"):
+    with pytest.raises(ProfileError, match=r"format version .* this release reads 4"):
         load_profile(saved)
 
 
