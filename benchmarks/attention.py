@@ -13,8 +13,6 @@ mean square against float64 attention over the decoded cache; `sdpa_error` is th
 """
 
 import argparse
-import json
-import os
 import platform
 import re
 import sys
@@ -34,6 +32,7 @@ from spectralquant.codec.codec import LayerCodec, build_codec
 from spectralquant.codec.layout import UNIT
 from spectralquant.codec.packed import PackedKV
 from spectralquant.config import Dials
+from spectralquant.evaluation.runner import write_json
 from spectralquant.presets import PRESETS
 from spectralquant.profile import Choices, LayerProfile, Profile, SideProfile
 from spectralquant.rope import Rotary
@@ -226,13 +225,7 @@ def main() -> None:
         document["rows"].append(row)
         told = " ".join(f"{k} {row[k]:.3g}" for k in ("us", "sdpa_us", "ratio", "byte_ratio", "copy_share", "error", "sdpa_error", "first_use_s"))
         print(f"{row['shape']:45s} {told} {'' if row['same_again'] else 'NOT THE SAME AGAIN'}", flush=True)
-        write(Path(args.out), document)
-
-
-def write(target: Path, document: dict[str, Any]) -> None:
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    aside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    aside.replace(target)
+        write_json(Path(args.out), document)
 
 
 if __name__ == "__main__":
