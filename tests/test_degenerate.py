@@ -25,6 +25,8 @@ from spectralquant.calibration.statistics import LayerStatistics
 from spectralquant.codec.codec import LayerCodec, build_codec
 from spectralquant.codec.packed import PackedKV
 from spectralquant.config import CacheConfig, Dials
+from spectralquant.corpus import leading_tokens
+from spectralquant.evaluation.texts import begin_with
 from spectralquant.presets import PRESETS
 from spectralquant.profile import Choices, LayerProfile, Profile, SideProfile
 
@@ -328,7 +330,8 @@ def test_calibrate_on_one_word(llama: PreTrainedModel) -> None:
     engine = SpectralQuantEngine(quantizer="uniform")
     engine.calibrate(llama, TinyTokenizer(), ["word " * 1500], progress=False)
     word = TinyTokenizer()("word", add_special_tokens=False)["input_ids"][0]
-    for errors in relative_errors(llama, engine, torch.full((1, 600), word)).values():
+    text = begin_with(leading_tokens(TinyTokenizer()), torch.full((1, 600), word))
+    for errors in relative_errors(llama, engine, text).values():
         assert (errors < STORED).all()
     relative_errors(llama, engine, random_ids(600))  # finite
     kl_with_cache(llama, engine, random_ids(600), [560, 40])
