@@ -85,14 +85,14 @@ def test_reference_takes_everything_else(double: Double) -> None:
     query, kv = packed(2)
     hole = left_padded(302, 0, 3)
     hole[1, 50] = False
-    masks = {
+    masks: dict[str, Tensor | None] = {
+        "no mask, so padding is seen": None,
         "a hole in the mask": mask_of(hole, 2, 302),
         "padding that the cache was not told of": mask_of(left_padded(302, 0, 7), 2, 302),
         "a mask of somebody else": torch.ones(2, 1, 2, 302, dtype=torch.bool),
         "another mask function": mask_of(left_padded(302, 0, 3), 2, 302, mask_function=sliding_window_causal_mask_function(64)),
     }
     for mask in masks.values():
-        assert mask is not None
         torch.testing.assert_close(attend_packed(query, kv, mask), attend(query, kv, mask))
     attend_packed(query, replace(kv, kernels=False), mask_of(left_padded(302, 0, 3), 2, 302))
     long, kv = packed(MAX_POSITIONS + 1, padding=(0, 0))
