@@ -9,6 +9,7 @@ text: what is chosen by these lines may not be reported on them. FILE is written
 import argparse
 import sys
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,18 +20,20 @@ from tqdm.auto import tqdm
 from spectralquant import SpectralQuantEngine
 from spectralquant.cache.hf import coded_layer_indices
 from spectralquant.calibration.fit import fit_profile
-from spectralquant.calibration.hf import collect
+from spectralquant.calibration.hf import ModelStatistics, collect
 from spectralquant.cli.models import load_model
 from spectralquant.codec.quantizer import scalar_of
-from spectralquant.corpus import make_samples
+from spectralquant.corpus import DEFAULT_TOKENS, make_samples, token_budget
 from spectralquant.evaluation.plan import DEFAULT_TEXTS
 from spectralquant.evaluation.runner import write_json
 from spectralquant.evaluation.texts import read_text
 from spectralquant.profile import Choices
-from spectralquant.selection import prepare, with_exact_tokens
+from spectralquant.selection import HeldOut, prepare, with_measured
 
 STEPS: dict[str, dict[str, Any]] = {
     "as shipped": {},
+    "nothing added for missing mass": {"add_mass": False},
+    "calibrated on 44,000 tokens": {"tokens": DEFAULT_TOKENS},
     "V in scalar uniform planes": {"quantizer": "uniform"},
     "K and V with Lloyd-Max levels, widths 0 to 8": {"quantizer": "lloyd-max"},
     "statistics weigh all tokens alike": {"token_weights": False},
@@ -69,17 +72,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(bench: Bench, missing: list[str], document: dict[str, Any]) -> None:
     """Measure the steps `missing`; the file is written after every line."""
-    samples = make_samples(bench.tokenizer, None)
-    engine = SpectralQuantEngine(compression=PRESET)
-    with tqdm(total=samples.tokens, unit="tok", desc="statistics", leave=False) as bar:
-        statistics = collect(bench.model, samples.statistics, coded_layer_indices(bench.model), bar.update)
-    with engine.applied_to(bench.model):
-        held_out = prepare(bench.model, samples.held_out)
+    engine, gathered = SpectralQuantEngine(compression=PRESET), cache(partial(gather, bench))
     for step in tqdm(missing, desc="ablations", unit="line"):
         change = dict(STEPS[step])
         quantizer = change.pop("quantizer", engine.quantizer)
+        statistics, held_out = gathered(change.pop("tokens", token_budget(bench.model.device)))
         profile = fit_profile(statistics, replace(Choices(), **change))
-        profile = with_exact_tokens(profile, held_out, engine.preset, engine.cache_config, scalar_of(quantizer))
+        profile = with_measured(profile, held_out, engine.preset, engine.cache_config, scalar_of(quantizer))
         changed = SpectralQuantEngine(compression=PRESET, quantizer=quantizer)
         with TemporaryDirectory() as folder:
             changed.load_calibration(profile.save(Path(folder) / "calibration"))
@@ -87,6 +86,15 @@ def run(bench: Bench, missing: list[str], document: dict[str, Any]) -> None:
         bench.lines.append({"step": step, "changed": STEPS[step], "exact_share": profile.exact_share, "texts": found})
         write_json(bench.args.out, {**document, "lines": bench.lines})
         tqdm.write(f"{step}: " + "  ".join(f"{text} {x['kl']:.4f} +- {x['kl_se']:.4f}" for text, x in found.items()))
+
+
+def gather(bench: Bench, tokens: int) -> tuple[ModelStatistics, HeldOut]:
+    """Statistics of at most `tokens` of the bundled corpus, and the windows held out of it."""
+    samples = make_samples(bench.tokenizer, None, max_tokens=tokens)
+    with tqdm(total=samples.tokens, unit="tok", desc="statistics", leave=False) as bar:
+        statistics = collect(bench.model, samples.statistics, coded_layer_indices(bench.model), bar.update)
+    with SpectralQuantEngine(compression=PRESET).applied_to(bench.model):
+        return statistics, prepare(bench.model, samples.held_out, statistics.layers)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -46,7 +46,7 @@ from spectralquant.calibration.hf import ModelStatistics, collect
 from spectralquant.cli.models import load_model
 from spectralquant.codec.quantizer import scalar_of
 from spectralquant.config import require_int
-from spectralquant.corpus import SAMPLE_TOKENS, Samples, leading_tokens, make_samples
+from spectralquant.corpus import SAMPLE_TOKENS, Samples, leading_tokens, make_samples, token_budget
 from spectralquant.errors import CalibrationError, ConfigError
 from spectralquant.evaluation.metrics import standard_error, token_divergence
 from spectralquant.evaluation.plan import DEFAULT_TEXTS
@@ -54,7 +54,7 @@ from spectralquant.evaluation.runner import write_json
 from spectralquant.evaluation.tasks.base import continue_with, hand_over, read_context
 from spectralquant.evaluation.texts import begin_with, read_text, spread_windows, tokenise
 from spectralquant.profile import Choices, Profile
-from spectralquant.selection import choose, prepare, with_exact_tokens
+from spectralquant.selection import choose, prepare, with_measured
 
 PRESET, CHUNK = "high", 16
 SIZES, EVERYTHING = (2000, 4000, 8000, 16_000, 32_000), 10**9
@@ -206,16 +206,16 @@ def study_menu(bench: Bench) -> list[Job]:
     there = scored_lines(bench.lines, "menu")
     if there and len(there) == there[0]["candidates"]:
         return []
-    samples = make_samples(bench.tokenizer, None)
+    samples = make_samples(bench.tokenizer, None, max_tokens=token_budget(bench.model.device))
     base, engine = calibrate(bench, lambda: samples), SpectralQuantEngine(compression=PRESET)
     rows = base.profile.certificate["menu"]
     winner = max(i for i, row in enumerate(rows) if row["kept"])
     with engine.applied_to(bench.model):
-        windows = prepare(bench.model, samples.held_out)
+        windows = prepare(bench.model, samples.held_out, base.statistics.layers)
 
     def candidate(index: int) -> Calibrated:
         row, choices = rows[index], Choices(**rows[index]["choices"])
-        profile = with_exact_tokens(fit_profile(base.statistics, choices), windows, engine.preset, engine.cache_config, scalar_of(engine.quantizer))
+        profile = with_measured(fit_profile(base.statistics, choices), windows, engine.preset, engine.cache_config, scalar_of(engine.quantizer))
         columns = {**base.columns, "candidates": len(rows), "choices": changes(choices), "changed": row["changed"], "kept": row["kept"]}
         return replace(base, profile=profile, columns={**columns, "chosen": index == winner, "menu_score": row["score"], "menu_kl": row["kl"]})
 

@@ -24,7 +24,7 @@ from spectralquant.codec.budget import require_head_dim, semantic_size
 from spectralquant.codec.codec import LayerCodec, build_codec
 from spectralquant.codec.quantizer import QUANTIZERS
 from spectralquant.config import CacheConfig, Dials, require_int
-from spectralquant.corpus import make_samples
+from spectralquant.corpus import make_samples, token_budget
 from spectralquant.errors import CalibrationError, ConfigError, ShapeError, UnsupportedModelError
 from spectralquant.follow_up import install_generate, remove_generate
 from spectralquant.original_format import load_original, original_pair
@@ -106,7 +106,7 @@ class SpectralQuantEngine:
         """
         began = time.perf_counter()
         self._check_model(model)
-        samples = make_samples(tokenizer, calibration_texts, n_samples)
+        samples = make_samples(tokenizer, calibration_texts, n_samples, token_budget(model.device))
         with tqdm(total=samples.tokens, unit="tok", desc="calibrating", disable=not progress) as bar:
             statistics = collect(model, samples.statistics, coded_layer_indices(model), _advance(bar))
             bar.set_description("choosing")

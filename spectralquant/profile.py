@@ -24,7 +24,7 @@ from torch import Tensor
 from spectralquant.errors import ProfileError
 from spectralquant.rope import Rotary
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 KEY, VALUE = "key", "value"
 NORM_FLOOR = 1e-12
 """Least |v|^2 of a token: a head of zeros, as pruning leaves them, has values of the usual size, not attention sinks."""
@@ -56,6 +56,8 @@ class LayerProfile:
         rotary: Rotation of the keys, or None for the plain frame.
         key_error: Median error of the K codes as a multiple of what the spectrum predicts: below 1 where few large keys make the variance.
         exact_share: Share of the mid-text tokens that should stay exact (see `Choices`) in calibration.
+        missing_mass: [H, G] float32, what the logits of coded tokens lack for each query head, per unit of K's expected error (see `calibration.mass`), or
+            None where it is not known: nothing is added then.
     """
 
     key: SideProfile
@@ -65,6 +67,7 @@ class LayerProfile:
     rotary: Rotary | None = None
     key_error: float = 1.0
     exact_share: float = 0.0
+    missing_mass: Tensor | None = None
 
     @property
     def heads(self) -> int:
@@ -95,6 +98,7 @@ class Choices:
             turns it off.
         run: Tokens per anchored run of the K frame; 0 is the plain frame.
         trajectory: The mean of K turns with its position in the run (else it is constant in the stored frame).
+        add_mass: The logits of coded tokens get what their mass lacks (see `calibration.mass`).
     """
 
     query_metric: bool = True
@@ -108,6 +112,7 @@ class Choices:
     exact_error: float = 4.0
     run: int = 256
     trajectory: bool = True
+    add_mass: bool = True
 
     def __post_init__(self) -> None:
         for name in ("key_gain", "value_gain"):
@@ -236,6 +241,8 @@ def _to_tensors(profile: Profile) -> dict[str, Tensor]:
             for part in ("mean", "basis", "variance"):
                 out[f"layers.{i}.{name}.{part}"] = getattr(side, part).contiguous().cpu().clone()
         out[f"layers.{i}.value_norm"] = layer.value_norm.contiguous().cpu().clone()
+        if layer.missing_mass is not None:
+            out[f"layers.{i}.missing_mass"] = layer.missing_mass.float().contiguous().cpu().clone()
         if layer.rotary is not None:
             out[f"layers.{i}.inv_freq"] = layer.rotary.inv_freq.contiguous().cpu().clone()
     for planes, books in profile.codebooks.items():
@@ -251,7 +258,8 @@ def _from_tensors(tensors: dict[str, Tensor], header: dict[str, str]) -> Profile
     for i in sorted({int(name.split(".")[1]) for name in tensors}):
         sides = {n: SideProfile(*(tensors[f"layers.{i}.{n}.{p}"] for p in ("mean", "basis", "variance"))) for n in (KEY, VALUE)}
         rotary = Rotary(tensors[f"layers.{i}.inv_freq"], interleaved[i]) if i in interleaved else None
-        layers[i] = LayerProfile(sides[KEY], sides[VALUE], tensors[f"layers.{i}.value_norm"], peak[i], rotary, key_error[i], exact_share[i])
+        mass = tensors.get(f"layers.{i}.missing_mass")
+        layers[i] = LayerProfile(sides[KEY], sides[VALUE], tensors[f"layers.{i}.value_norm"], peak[i], rotary, key_error[i], exact_share[i], mass)
         _require_shapes(i, layers[i])
     codebooks: dict[int, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -290,3 +298,7 @@ def _require_shapes(index: int, layer: LayerProfile) -> None:
         raise ProfileError(f"layers.{index}.inv_freq turns {layer.rotary.dim} coordinates of {dim}; calibrate again")
     if tuple(layer.value_norm.shape) != (heads,):
         raise ProfileError(f"layers.{index}.value_norm has shape {tuple(layer.value_norm.shape)}, expected {(heads,)}")
+    if layer.missing_mass is not None and (layer.missing_mass.dim() != 2 or len(layer.missing_mass) != heads):
+        raise ProfileError(
+            f"layers.{index}.missing_mass has shape {tuple(layer.missing_mass.shape)}, expected [{heads}, query heads per KV head]; calibrate again"
+        )

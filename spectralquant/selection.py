@@ -10,7 +10,7 @@ The KL of the winner is optimistic: it is the least of the menu on the very wind
 statistics (other parts of them), and the scored tokens are fed at once, so none of them is coded. It ranks candidates; it is no benchmark.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -22,8 +22,11 @@ from transformers import DynamicCache, PreTrainedModel
 from spectralquant.cache.hf import SpectralCache, cache_argument
 from spectralquant.calibration.fit import fit_profile
 from spectralquant.calibration.hf import ModelStatistics
+from spectralquant.calibration.mass import Asked, QueryRecorder, missing_mass
+from spectralquant.calibration.recording import recording
 from spectralquant.codec.codec import build_codec
-from spectralquant.codec.quantizer import scalar_of
+from spectralquant.codec.layout import UNIT
+from spectralquant.codec.quantizer import EPS, scalar_of
 from spectralquant.config import CacheConfig, Dials
 from spectralquant.errors import CalibrationError, ConfigError
 from spectralquant.presets import CompressionPreset
@@ -52,11 +55,13 @@ class HeldOut:
         context: Uncompressed cache of their contexts.
         scored: [W, S], the tokens that follow.
         reference: [W, S, vocabulary] float32, log-probabilities of the uncompressed model.
+        asked: Layer index -> some queries of the scored tokens.
     """
 
     context: DynamicCache
     scored: Tensor
     reference: Tensor
+    asked: dict[int, Asked]
 
 
 def choose(
@@ -73,7 +78,7 @@ def choose(
     Candidates are ranked with scalar quantizers, whose codebooks need no training; under "joint" the winner is measured once more with its own.
     """
     scalar = scalar_of(quantizer)
-    windows = prepare(model, held_out)
+    windows = prepare(model, held_out, statistics.layers)
     rows: list[dict[str, Any]] = []
     best, best_score = Choices(), float("inf")
     for change in ({}, *CHANGES):
@@ -81,7 +86,7 @@ def choose(
         if choices == best and rows:
             continue
         try:
-            profile = with_exact_tokens(fit_profile(statistics, choices), windows, preset, config, scalar)
+            profile = with_measured(fit_profile(statistics, choices), windows, preset, config, scalar)
             result = measure(model, windows, profile, preset, config, scalar)
         except ConfigError:
             if not rows:
@@ -95,7 +100,7 @@ def choose(
     winner = next((r for r in reversed(rows) if r["kept"]), None)
     if winner is None:
         raise CalibrationError(f"no candidate gave a finite KL (got {rows[0]['kl']}): the model's logits are not finite; try bfloat16 or float32")
-    profile = with_exact_tokens(fit_profile(statistics, best), windows, preset, config, scalar)
+    profile = with_measured(fit_profile(statistics, best), windows, preset, config, scalar)
     if quantizer != scalar:
         winner = measure(model, windows, profile, preset, config, quantizer, lambda share: progress(f"training codebooks: {share:.0%}"))
     profile.certificate.update(
@@ -112,20 +117,22 @@ def choose(
     return profile
 
 
-def prepare(model: PreTrainedModel, held_out: list[Tensor]) -> HeldOut:
-    """Run the uncompressed model once over windows [1, T], all of one length."""
+def prepare(model: PreTrainedModel, held_out: list[Tensor], coded: Iterable[int]) -> HeldOut:
+    """Run the uncompressed model once over windows [1, T], all of one length. `coded`: indices of the layers that will be coded."""
     ids = torch.cat(held_out).to(model.device)
     split = ids.shape[1] - max(ids.shape[1] // SCORED_SHARE, 1)
     context = DynamicCache(config=model.config.get_text_config(decoder=True))
+    recorder = QueryRecorder(frozenset(coded))
     with torch.no_grad():
         model.base_model(input_ids=ids[:, :split], use_cache=True, **cache_argument(model, context))
-        logits = model(input_ids=ids[:, split:], use_cache=True, **cache_argument(model, deepcopy(context))).logits
-    return HeldOut(context, ids[:, split:], torch.stack([row.float().log_softmax(-1) for row in logits]))
+        with recording(model, recorder.attention):
+            logits = model(input_ids=ids[:, split:], use_cache=True, **cache_argument(model, deepcopy(context))).logits
+    return HeldOut(context, ids[:, split:], torch.stack([row.float().log_softmax(-1) for row in logits]), recorder.asked)
 
 
-def with_exact_tokens(profile: Profile, windows: HeldOut, preset: CompressionPreset, config: CacheConfig, quantizer: str) -> Profile:
-    """`profile` with what it takes to recognise tokens that should stay exact, measured on the contexts of the windows: every layer's median
-    K error, against which unusual keys stand out, and the share of such tokens."""
+def with_measured(profile: Profile, windows: HeldOut, preset: CompressionPreset, config: CacheConfig, quantizer: str) -> Profile:
+    """`profile` with what follows from its codes of the contexts of the windows: every layer's median K error, against which unusual keys stand out, the
+    share of tokens that should stay exact, and the mass that the others lack."""
     layers = {}
     device = windows.scored.device
     start = torch.zeros(len(windows.scored), dtype=torch.int64, device=device)
@@ -133,10 +140,17 @@ def with_exact_tokens(profile: Profile, windows: HeldOut, preset: CompressionPre
         layer: Any = windows.context.layers[index]
         slots = torch.arange(layer.keys.shape[2], device=device)
         planes, gains, _, _ = codec.encode(layer.keys, layer.values, slots, start)
-        error = codec.key_error(layer.keys, planes, gains, slots, start)[:, config.sinks :]
-        typical = float(error.median())
-        need = replace(codec, exact_error=profile.choices.exact_error * typical).exact_need(layer.values[:, :, config.sinks :], error)
-        layers[index] = replace(profile.layers[index], key_error=typical, exact_share=float((need > 1).float().mean()))
+        error = codec.key_error(layer.keys, planes, gains, slots, start)
+        typical = float(error[:, config.sinks :].median())
+        exact = replace(codec, exact_error=profile.choices.exact_error * typical).exact_need(layer.values, error) > 1
+        packed = (slots >= config.sinks) & (slots < (len(slots) - config.window) // UNIT * UNIT)
+        mass = missing_mass(windows.asked[index], layer.keys, codec.decode_keys(planes, gains, slots, start), packed & ~exact)
+        layers[index] = replace(
+            profile.layers[index],
+            key_error=typical,
+            exact_share=float(exact[:, config.sinks :].float().mean()),
+            missing_mass=mass / max(codec.key_expected, EPS) if profile.choices.add_mass else None,
+        )
     return replace(profile, layers=layers)
 
 

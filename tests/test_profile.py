@@ -47,7 +47,8 @@ def with_key(profile: Profile, **parts: torch.Tensor) -> Profile:
 
 def tensors_of(layer: LayerProfile) -> list[torch.Tensor]:
     sides: list[SideProfile] = [layer.key, layer.value]
-    return [layer.value_norm, *(t for s in sides for t in (s.mean, s.basis, s.variance))]
+    mass = [] if layer.missing_mass is None else [layer.missing_mass]
+    return [layer.value_norm, *mass, *(t for s in sides for t in (s.mean, s.basis, s.variance))]
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -196,10 +197,27 @@ def test_load_profile_rejects_wrong_shape_of_value_norms(tmp_path: Path, shape: 
         load_profile(path)
 
 
+@pytest.mark.parametrize("shape", [(2,), (3, 4), (2, 4, 1)])
+def test_load_profile_rejects_wrong_shape_of_missing_mass(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    profile = make()
+    path = replace(profile, layers={0: replace(profile.layers[0], missing_mass=torch.ones(shape))}).save(tmp_path / "p")
+    with pytest.raises(ProfileError, match=r"layers\.0\.missing_mass has shape"):
+        load_profile(path)
+
+
+def test_load_profile_keeps_the_missing_mass_of_layers_that_have_one(tmp_path: Path) -> None:
+    profile = make()
+    mass = torch.randn(2, 5)
+    loaded = load_profile(replace(profile, layers={**profile.layers, 2: replace(profile.layers[2], missing_mass=mass)}).save(tmp_path / "p"))
+    assert loaded.layers[0].missing_mass is None
+    got = loaded.layers[2].missing_mass
+    assert got is not None and torch.equal(got, mass)
+
+
 @pytest.mark.parametrize("version", ["0", "2", "3.0", "", None])
 def test_load_profile_rejects_other_versions(saved: Path, version: str | None) -> None:
     rewrite(saved, {"version": version})
-    with pytest.raises(ProfileError, match=r"format version .* this release reads 4"):
+    with pytest.raises(ProfileError, match=r"format version .* this release reads 5"):
         load_profile(saved)
 
 

@@ -161,10 +161,11 @@ def plan_launch(
     factor = (dim**-0.5 if scale is None else scale) * (1.0 if softcapped else _LOG2E)
     exact = (kv.exact_keys.contiguous(), kv.exact_values.contiguous(), kv.exact_slots.contiguous())
     raw = [_rows(t.to(kv.exact_keys.dtype)) for t in (kv.raw_keys, kv.raw_values)]
+    mass = query.new_zeros(query_heads, dtype=torch.float32) if constants.missing_mass is None else constants.missing_mass
     arguments = (
         query, kv.records.contiguous(), *exact, *raw, kv.lengths.contiguous(), kv.start.contiguous(),
         constants.transform, constants.table, constants.scales, anchors, constants.turns, constants.value_rows, constants.value_mean,
-        (sinks.float().contiguous() if sinks is not None else constants.scales), out,
+        mass, (sinks.float().contiguous() if sinks is not None else constants.scales), out,
         workspace.partials, workspace.tickets,
         *(query.stride(i) for i in range(3)),
         *(np.int32(x) for x in (batch, heads, groups, positions, kv.records.shape[2], kv.exact_slots.shape[1], raw[0].stride(1) // dim)),

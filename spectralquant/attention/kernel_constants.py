@@ -8,6 +8,7 @@ so the kernel maps q' once per run to planes and to the rank of G, by one matrix
 rotary pairs: row 16 k + i of the matrix is the lower coordinate of pair 8 k + i for i < 8, the upper one of pair 8 k + i - 8 beyond.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,7 @@ class KernelConstants:
         scales: [H, 2] float32: of the scores, and of the mean relative to them.
         value_rows: [H, P_V, D] float32.
         value_mean: [H, D] float32.
+        missing_mass: [H, G] float32, of the codec in units of log 2, or None.
         rates: [D / 2] float64 on the CPU, radians per token of every pair (0: does not turn).
         turns: [run or 1, D / 2, 2] float32, see `turn_table`, at the offsets of a run.
         definitions: Compile-time definitions of the kernel that follow from the codec.
@@ -44,6 +46,7 @@ class KernelConstants:
     scales: Tensor
     value_rows: Tensor
     value_mean: Tensor
+    missing_mass: Tensor | None
     rates: Tensor
     turns: Tensor
     definitions: dict[str, int]
@@ -87,6 +90,7 @@ def build_constants(codec: LayerCodec) -> KernelConstants:
         torch.stack([plane_scale, mean_scale / plane_scale], -1).float().contiguous().to(device),
         codec.value.decode_matrix.float().contiguous(),
         codec.value.mean.float().contiguous(),
+        None if codec.missing_mass is None else (codec.missing_mass / math.log(2)).float().contiguous(),
         rates,
         turn_table(rates, torch.arange(run or 1), device),
         definitions,

@@ -1,7 +1,7 @@
 """Attention over a PackedKV in plain PyTorch: the specification of the fused kernel, and the backend of every non-CUDA device.
 
     k = R(t0)^-1-frame code:  q.k = (q R(-t0)) . x^,  x^ = mean + g (s - o) W   =>   q.k = q'.mean + g ((s - o) . (q' W^T))
-    out = (sum_t p_t g_t (s_t - o)) W + mean sum_t p_t
+    out = (sum_t p_t g_t (s_t - o)) W + mean sum_t p_t,      p_t = exp(q.k + c),   c: what the mass of coded tokens lacks (`calibration.mass`)
 
 (s: symbols, o: their offset, see `codec.quantizer`) so keys and values are never decoded: the query goes into symbol space once
 per run, the weighted sum comes back once. Packed tokens are read in tiles of `tile_tokens`; softmax is carried across tiles (Milakov &
@@ -126,7 +126,10 @@ def _packed_tile(q: _Query, kv: PackedKV, state: _Softmax, first: int, last: int
     else:
         scores, bias = _plain_scores(q.states, kv, key)
     scores = torch.addcmul(bias, scores, gain_values(gain_code)[:, :, None])
-    weights = state.add(q.finish(scores, (gain_code != MASKED_GAIN)[:, :, None], slice(first, last)))
+    scores = q.finish(scores, (gain_code != MASKED_GAIN)[:, :, None], slice(first, last))
+    if kv.codec.missing_mass is not None:
+        scores = scores.unflatten(2, (-1, q.length)).add_(kv.codec.missing_mass[..., None, None]).flatten(2, 3)
+    weights = state.add(scores)
     weights *= gain_values(unpack_gains(value_gain).flatten(2))[:, :, None]
     state.total[..., -1] += weights.sum(-1)
     codes = kv.codec.value.quantizer.symbols(unpack_pairs(value, "value"), head_axis=2).flatten(3, 4)  # [4, B, H, U * 32, S]

@@ -1,8 +1,7 @@
 """Run a HuggingFace causal LM over text and gather the statistics of every layer that will be coded.
 
-The model is left exactly as it was: mode, attention implementation, hooks and cache settings are restored even after an
-exception. Keys, queries and values are read where they meet, in the attention function; cos and sin where the model hands
-them to its attention modules. Nothing is ever swallowed: a layer that shows no attention is an error.
+Keys, queries and values are read where they meet, in the attention function; cos and sin where the model hands them to its
+attention modules. Nothing is ever swallowed: a layer that shows no attention is an error.
 """
 
 import hashlib
@@ -15,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import PreTrainedModel
 
+from spectralquant.calibration.recording import recording
 from spectralquant.calibration.statistics import LayerStatistics, felt_errors, matmul_precision
 from spectralquant.errors import CalibrationError, UnsupportedModelError
 from spectralquant.rope import Rotary
@@ -31,7 +30,6 @@ DEFAULT_LONGEST = 2048
 TOKENS_PER_DIMENSION = 4
 """With fewer tokens per head dimension, covariances are shrunken (`spectrum.shrink`) and the user is told."""
 OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
-_RECORDER = "spectralquant-recorder"
 
 
 @dataclass(slots=True)
@@ -208,7 +206,7 @@ def collect(model: PreTrainedModel, samples: list[Tensor], coded: list[int], pro
     text = model.config.get_text_config(decoder=True)
     statistics = ModelStatistics(fingerprint(model), longest=getattr(text, "max_position_embeddings", None) or DEFAULT_LONGEST)
     recorder = _Recorder(statistics, set(coded))
-    with _recording(model, recorder), _rounded_projections(model), torch.no_grad():
+    with recording(model, recorder.attention, recorder.before_attention), _rounded_projections(model), torch.no_grad():
         for ids in samples:
             model.base_model(input_ids=ids.to(model.device), use_cache=False)
             statistics.tokens += max(ids.shape[1] - SKIP, 0)
@@ -251,36 +249,3 @@ def _rounded_projections(model: PreTrainedModel) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _recording(model: PreTrainedModel, recorder: _Recorder) -> Iterator[None]:
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
-        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        recorder.attention(module, query, key, value, float(scale), kwargs.get("softcap"))
-        return dense(module, query, key, value, attention_mask, **kwargs)
-
-    before, training = str(model.config._attn_implementation), model.training
-    dense = AttentionInterface()[NAME_DENSE] if NAME_DENSE in AttentionInterface() else AttentionInterface()["sdpa"]
-    AttentionInterface.register(_RECORDER, attention)
-    AttentionMaskInterface.register(_RECORDER, sdpa_mask)
-    hooks = [
-        module.register_forward_pre_hook(recorder.before_attention, with_kwargs=True)
-        for module in model.modules()
-        if isinstance(getattr(module, "layer_idx", None), int)
-    ]
-    try:
-        model.eval()
-        model.set_attn_implementation(_RECORDER)
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.set_attn_implementation(before)
-        model.train(training)
-        AttentionInterface._global_mapping.pop(_RECORDER, None)
-        AttentionMaskInterface._global_mapping.pop(_RECORDER, None)
-
-
-NAME_DENSE = "spectralquant"
-"""Our own attention does soft-cap and sink logits, which stock `sdpa` refuses or drops; used when it is registered."""

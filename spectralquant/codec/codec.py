@@ -115,6 +115,7 @@ class LayerCodec:
         exact_error: Tokens whose K error is above this multiple of the expected one stay exact.
         exact_bound: Largest share of the packed tokens that may stay exact, what the preset's promise leaves to this layer.
         exact_dtype: 16-bit dtype that holds exact tokens of a float32 model.
+        missing_mass: [H, G] float32, added to the logits of coded tokens, see `calibration.mass`; None adds nothing.
     """
 
     key: SideCodec
@@ -127,11 +128,13 @@ class LayerCodec:
     exact_error: float
     exact_bound: float
     exact_dtype: torch.dtype
+    missing_mass: Tensor | None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the constants of this layer; the frame's tables are shared by all layers and counted once by `codec_nbytes`."""
-        return self.key.nbytes + self.value.nbytes + self.value_norm.untyped_storage().nbytes()
+        own = [self.value_norm, *([] if self.missing_mass is None else [self.missing_mass])]
+        return self.key.nbytes + self.value.nbytes + sum(t.untyped_storage().nbytes() for t in own)
 
     @property
     def has_planes(self) -> bool:
@@ -263,10 +266,11 @@ def build_codec(
             frame = frames.setdefault(same, _build_frame(layer, choices.run, choices.trajectory, device))
         key_bits = coordinate_bits(layer.key.variance, layout.key_planes, dials, preset, "key", scalar)
         value_bits = coordinate_bits(layer.value.variance, layout.value_planes, dials, preset, "value", scalar)
+        expected = _expected_error(layer.key, key_bits, scalar)
         out[index] = LayerCodec(
             _build_side(layer.key, key_bits, choices.key_gain, scalar, None, device),
             _build_side(layer.value, value_bits, choices.value_gain, scalar, books.get(index), device),
-            _expected_error(layer.key, key_bits, scalar),
+            expected,
             layout,
             frame,
             layer.value_norm.to(device),
@@ -274,6 +278,7 @@ def build_codec(
             choices.exact_error * layer.key_error,
             bounds[index],
             torch.float16 if layer.peak < torch.finfo(torch.float16).max / 4 else torch.bfloat16,
+            None if layer.missing_mass is None else (layer.missing_mass * expected).to(device),
         )
     return out
 

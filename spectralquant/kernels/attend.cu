@@ -85,6 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(
     const Float4* turns,
     const float* value_rows,
     const float* value_mean,
+    const float* missing_mass,
     const float* sinks,
     void* out,
     float* partials,
@@ -105,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(
     float softcap) {
     extern __shared__ u8 shared[];
     const Arguments a = {query, records, exact_keys, exact_values, exact_slots, raw_keys, raw_values, lengths, start, transform, table, scales, anchors, turns,
-                         value_rows, value_mean, sinks, out, partials, tickets, {query_stride_batch, query_stride_head, query_stride_position},
+                         value_rows, value_mean, missing_mass, sinks, out, partials, tickets, {query_stride_batch, query_stride_head, query_stride_position},
                          batch, heads, groups, positions, units, exact, raw, rotary_pairs, interleaved, scale, softcap};
     clear_empty(a);
     attend_stretches(a, *(Shared*)shared);

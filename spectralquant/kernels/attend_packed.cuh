@@ -135,6 +135,15 @@ __device__ __forceinline__ void start_records(const Arguments& a, const Stretch&
     copy_part<VALUE_PART>(keys + KEY_PART, from + KEY_PART, first < last);
 }
 
+// The same number for all packed tokens of a query moves their peak, and nothing else.
+__device__ __forceinline__ void add_missing_mass(const Arguments& a, const Stretch& s, State& st) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int row = s.row_group * ROWS + 2 * (threadIdx.x & 3) + i;
+        if (row < a.groups * a.positions) st.peak[i] += a.missing_mass[s.head * a.groups + row % a.groups];
+    }
+}
+
 // Packed steps first .. last - 1 of a head, by one warp, once `start_records` was called. The slot is refilled half by half, as soon as a half is used up.
 __device__ void packed_part(const Arguments& a, const Stretch& s, Shared& sm, State& st, int first, int last) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, c = lane & 3;
@@ -164,4 +173,5 @@ __device__ void packed_part(const Arguments& a, const Stretch& s, Shared& sm, St
         copy_part<VALUE_PART>(values, base + (i64)(unit + 1) * RECORD + KEY_PART, unit + 1 < last);
     }
     wait_copies<0>();
+    add_missing_mass(a, s, st);
 }

@@ -52,6 +52,7 @@ struct Arguments {
     const Float4* turns;       // [RUN, D / 4]: the same at offsets within a run
     const float* value_rows;   // [H, PV, D]
     const float* value_mean;   // [H, D]
+    const float* missing_mass; // [H G], added to the scores of packed tokens, log2
     const float* sinks;        // [H G]
     void* out;                 // [B, Q, H G, D]
     float* partials;           // [blocks, 2, PARTIAL]

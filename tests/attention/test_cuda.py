@@ -35,7 +35,7 @@ LAUNCHER = """
 extern "C" void go(unsigned grid, void** p, long long* l, int* n, float* f) {
     run(attend, grid, unsigned(THREADS), (const void*)p[0], (const u8*)p[1], (const u16*)p[2], (const u16*)p[3], (const int*)p[4], (const u16*)p[5],
         (const u16*)p[6], (const int*)p[7], (const i64*)p[8], (const Quad32*)p[9], (const Quad32*)p[10], (const float*)p[11], (const Float4*)p[12],
-        (const Float4*)p[13], (const float*)p[14], (const float*)p[15], (const float*)p[16], p[17], (float*)p[18], (int*)p[19], l[0], l[1], l[2],
+        (const Float4*)p[13], (const float*)p[14], (const float*)p[15], (const float*)p[16], (const float*)p[17], p[18], (float*)p[19], (int*)p[20], l[0], l[1], l[2],
         n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], f[0], f[1]);
 }
 extern "C" unsigned shared_size() { return sizeof(Shared); }
@@ -70,12 +70,13 @@ class Case:
     def __init__(
         self, dim: int = 64, heads: int = 2, groups: int = 3, batch: int = 2, tokens: int = 700, new: int = 1, dtype: torch.dtype = torch.float32,
         rotary: str | None = "neox", start: tuple[int, ...] = (0, 5), preset: str = "high", quantizer: str = "uniform", softcap: float | None = None,
-        sinks: bool = False, amplitude: float = 1.0, device: str = "cpu", **choices: Any,
+        sinks: bool = False, amplitude: float = 1.0, device: str = "cpu", mass: bool = True, **choices: Any,
     ) -> None:  # fmt: skip
         turn = None if rotary is None else Rotary(synthetic.inv_freq(dim // 4 if rotary == "partial" else dim // 2), rotary == "gptj")
         profile = synthetic.profile(heads, dim, (0,), rotary=turn, **choices)
         layer = profile.layers[0]
         layer = replace(layer, key=replace(layer.key, mean=amplitude * layer.key.mean), value_norm=torch.full((heads,), float(dim)))
+        layer = replace(layer, missing_mass=0.1 * torch.randn(heads, groups) if mass else None)
         codec = build_codec(replace(profile, layers={0: layer}), PRESETS[preset], Dials(), device, quantizer)[0]
         self.start = torch.tensor((start * batch)[:batch])
         keys, values = synthetic.samples(layer.key, tokens, batch), synthetic.samples(layer.value, tokens, batch)
@@ -108,6 +109,7 @@ CASES = {
     "bfloat16": {"dtype": torch.bfloat16},
     "float16": {"dtype": torch.float16},
     "interleaved": {"rotary": "gptj"},
+    "no missing mass": {"mass": False},
     "partial rotary": {"rotary": "partial"},
     "no rotary": {"rotary": None},
     "plain frame": {"run": 0},
@@ -158,7 +160,7 @@ def test_kernel_reads_lengths_from_memory(blocks: int) -> None:
     """Shorter sequences than the store holds, among them one of no tokens, whose output is zero; tickets are zero afterwards."""
     case = Case(batch=3, rotary=None, start=(0,), tokens=900)
     launch = case.launch(blocks)
-    lengths, tickets = launch.arguments[7], launch.arguments[19]
+    lengths, tickets = launch.arguments[7], launch.arguments[20]
     lengths[1], lengths[2] = torch.tensor([2, 1]), torch.tensor([0, 0])
     got = run_on_host(launch)
     short = replace(case.kv, packed=256, raw_keys=case.kv.raw_keys[:, :, :1], raw_values=case.kv.raw_values[:, :, :1])
@@ -185,7 +187,7 @@ def test_build_constants_rejects_levels_from_tables() -> None:
 def test_row_groups_cover_all_queries() -> None:
     case = Case(groups=3, new=7, batch=1)
     launch = case.launch()
-    assert launch.arguments[19].numel() == 2 * -(-3 * 7 // ROWS) and launch.out.shape == (1, 7, 6, 64)
+    assert launch.arguments[20].numel() == 2 * -(-3 * 7 // ROWS) and launch.out.shape == (1, 7, 6, 64)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """Attention on codes == decode everything, then attend."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,18 @@ def relative_rms(got: Tensor, want: Tensor) -> float:
 
 
 def oracle(query: Tensor, kv: PackedKV, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Float64 softmax over decoded keys and values, column by column as in the definition."""
+    """Float64 softmax over decoded keys and values, column by column as in the definition. What mass lacks goes to the logits of coded slots."""
     keys, values = kv.dense("key").double(), kv.dense("value").double()
     groups = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     logits = query.double() @ keys.mT * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if kv.codec.missing_mass is not None:
+        coded = (torch.arange(kv.length) < kv.packed).repeat(len(query), 1)
+        for row, slots in enumerate(kv.exact_slots):
+            coded[row, slots[slots >= 0].long()] = False
+        logits = logits + coded[:, None, None] * kv.codec.missing_mass.double().flatten()[:, None, None]
     if mask is None:
         count, total = logits.shape[-2:]
         mask = torch.ones(count, total, dtype=torch.bool).tril(total - count)[None, None]
@@ -91,14 +97,29 @@ def test_attend_tile_size_does_not_matter(engine: SpectralQuantEngine) -> None:
     small = filled(engine, 1300, 1, tile=256)
     torch.manual_seed(3)
     large = filled(engine, 1300, 1, tile=1024)
-    query = torch.randn(2, small.shape[1], 1, small.shape[3])
+    query = torch.randn(2, 2 * small.shape[1], 1, small.shape[3])
     assert relative_rms(attend(query, small), attend(query, large)) < ATTENTION
 
 
 def test_attend_row_that_sees_nothing_is_zero(engine: SpectralQuantEngine) -> None:
     kv = filled(engine, 300, 1)
-    query = torch.randn(2, kv.shape[1], 1, kv.shape[3])
+    query = torch.randn(2, 2 * kv.shape[1], 1, kv.shape[3])
     mask = torch.ones(2, 1, 1, 301, dtype=torch.bool)
     mask[1] = False
     out = attend(query, kv, mask)
     assert (out[1] == 0).all() and out.isfinite().all()
+
+
+def test_attend_adds_the_missing_mass_to_coded_tokens_alone(engine: SpectralQuantEngine) -> None:
+    """With nothing coded it changes nothing; where coded tokens are, their share of every query head grows by exp(c)."""
+    kv = filled(engine, 500, 2)
+    without = replace(kv, codec=replace(kv.codec, missing_mass=None))
+    query = torch.randn(2, 2 * kv.shape[1], 2, kv.shape[3])
+    for c in (torch.randn(kv.shape[1], 2), torch.full((kv.shape[1], 2), -0.7)):
+        other = replace(kv, codec=replace(kv.codec, missing_mass=c))
+        assert relative_rms(attend(query, other), oracle(query, other, None, kv.shape[3] ** -0.5, None, None)) < ATTENTION
+        assert relative_rms(attend(query, other), attend(query, without)) > 0.01
+    short = filled(engine, 100, 1)
+    assert short.packed == 0
+    query = query[:, :, :1]
+    assert torch.equal(attend(query, short), attend(query, replace(short, codec=replace(short.codec, missing_mass=None))))
