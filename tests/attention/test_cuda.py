@@ -35,8 +35,8 @@ LAUNCHER = """
 extern "C" void go(unsigned grid, void** p, long long* l, int* n, float* f) {
     run(attend, grid, unsigned(THREADS), (const void*)p[0], (const u8*)p[1], (const u16*)p[2], (const u16*)p[3], (const int*)p[4], (const u16*)p[5],
         (const u16*)p[6], (const int*)p[7], (const i64*)p[8], (const Quad32*)p[9], (const Quad32*)p[10], (const float*)p[11], (const Float4*)p[12],
-        (const Float4*)p[13], (const float*)p[14], (const float*)p[15], (const float*)p[16], (const float*)p[17], p[18], (float*)p[19], (int*)p[20], l[0], l[1], l[2],
-        n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], f[0], f[1]);
+        (const Float4*)p[13], (const float*)p[14], (const float*)p[15], (const float*)p[16], (const float*)p[17], p[18], (float*)p[19], (int*)p[20],
+        l[0], l[1], l[2], n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], f[0], f[1]);
 }
 extern "C" unsigned shared_size() { return sizeof(Shared); }
 """
