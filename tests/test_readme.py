@@ -61,7 +61,7 @@ def test_shell_commands_exist(page: str) -> None:
 
 @pytest.mark.parametrize(
     ("model", "file", "texts", "methods"),
-    [("SmolLM2-135M-Instruct", "evaluation-smollm2-1024", 3, 20), ("Qwen2.5-Coder-1.5B-Instruct", "evaluation-qwen-2048", 2, 13)],
+    [("SmolLM2-135M-Instruct", "evaluation-smollm2-1024", 3, 20), ("Qwen2.5-Coder-1.5B-Instruct", "evaluation-qwen-2048", 3, 13)],
 )
 def test_figures_of_quality_are_those_of_the_result_file(model: str, file: str, texts: int, methods: int) -> None:
     """Every line of a quality table, as rounded there."""
