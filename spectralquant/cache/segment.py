@@ -16,8 +16,9 @@ from torch import Tensor
 
 from spectralquant.backend import choose_for_feature, resolve_backend
 from spectralquant.codec.codec import LayerCodec
-from spectralquant.codec.layout import MASKED_GAIN, UNIT, pack_gains, pack_planes
+from spectralquant.codec.layout import MASKED_GAIN, UNIT, pack_gains
 from spectralquant.codec.packed import PackedKV
+from spectralquant.codec.units import encode_units
 from spectralquant.config import CacheConfig
 from spectralquant.errors import BackendError, ShapeError
 
@@ -48,6 +49,7 @@ class Segment:
         self.codec, self.config, self.start, self.dtype = codec, config, start, keys.dtype
         self.tile_tokens = config.tile_on(keys.device.type)
         self.kernels = _use_kernels(codec, config, keys.device)
+        self.encode_kernels = choose_for_feature("encoding", resolve_backend(config.backend, keys.device)).name == "cuda"
         self._padding: tuple[int, ...] | None = None
         self.lengths = torch.zeros((batch, 2), dtype=torch.int32, device=keys.device)  # units packed, tokens in the window
         self.packed = self.recent = 0  # tokens in the packed store and in the window
@@ -131,18 +133,14 @@ class Segment:
         keys, values = keys.to(self.recent_keys.dtype), values.to(self.recent_keys.dtype)  # the same bits whether they waited in the window or not
         count = keys.shape[-2]
         slots = torch.arange(self.packed, self.packed + count, device=keys.device)
-        planes, gains, value_planes, value_gains = self.codec.encode(keys, values, slots, self.start)
-        exact = self._choose_exact(values, slots, self.codec.key_error(keys, planes, gains, slots, self.start))
-        masked = (exact | (slots[None] < self.start[:, None]))[:, None]
         self._reserve_units((self.packed + reserve) // UNIT)
-        first, last = self.packed // UNIT, (self.packed + count) // UNIT
-        parts = (
-            pack_planes(planes.unflatten(2, (-1, UNIT)), "key"),
-            pack_gains(gains.masked_fill(masked, MASKED_GAIN).unflatten(2, (-1, UNIT))),
-            pack_planes(value_planes.unflatten(2, (-1, UNIT)), "value"),
-            pack_gains(value_gains.masked_fill(masked, MASKED_GAIN).unflatten(2, (-1, UNIT))),
-        )
-        self.records[:, :, first:last] = torch.cat(parts, -1)
+        records = self.records[:, :, self.packed // UNIT : (self.packed + count) // UNIT]
+        gains, value_gains, key_error = encode_units(self.codec, keys, values, slots, self.start, records, self.encode_kernels)
+        exact = self._choose_exact(values, slots, key_error)
+        masked = (exact | (slots[None] < self.start[:, None]))[:, None]
+        _, key_bytes, _, value_bytes = self.codec.layout.split(records)
+        key_bytes.copy_(pack_gains(gains.masked_fill(masked, MASKED_GAIN).unflatten(2, (-1, UNIT))))
+        value_bytes.copy_(pack_gains(value_gains.masked_fill(masked, MASKED_GAIN).unflatten(2, (-1, UNIT))))
         self._store_exact(exact, slots, keys, values)
         self.packed += count
 

@@ -147,13 +147,16 @@ class LayerCodec:
 
     def encode(self, keys: Tensor, values: Tensor, slots: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """K planes, K gain codes, V planes, V gain codes of keys and values [B, H, T, D] in cache slots [T]."""
-        planes, gains = self.key.encode(self._centre_keys(keys, slots, start))
-        value_planes, value_gains = self.value.encode(values.float() - self.value.mean[:, None])
+        planes, gains = self.key.encode(self.centre_keys(keys, slots, start))
+        value_planes, value_gains = self.value.encode(self.centre_values(values))
         return planes, gains, value_planes, value_gains
 
     def key_error(self, keys: Tensor, planes: Tensor, gains: Tensor, slots: Tensor, start: Tensor) -> Tensor:
         """Error of the K codes as a multiple of the expected one, mean over heads, [B, T]; arguments as for, and from, `encode`."""
-        error = self.key.error(self._centre_keys(keys, slots, start), planes, gains)
+        return self.relative_error(self.key.error(self.centre_keys(keys, slots, start), planes, gains))
+
+    def relative_error(self, error: Tensor) -> Tensor:
+        """Errors of K [B, H, T] as a multiple of the expected one, mean over heads, [B, T]."""
         return error.mean(1) / max(self.key_expected, EPS)
 
     def exact_need(self, values: Tensor, key_error: Tensor) -> Tensor:
@@ -172,12 +175,16 @@ class LayerCodec:
             need = torch.maximum(need, key_error / self.exact_error)
         return need
 
-    def _centre_keys(self, keys: Tensor, slots: Tensor, start: Tensor) -> Tensor:
+    def centre_keys(self, keys: Tensor, slots: Tensor, start: Tensor) -> Tensor:
         """Keys in the stored frame, mean taken off, float32."""
         x = keys.float()
         if self.frame is not None:
             x = self.frame.rotary.rotate(x, -self.frame.anchors(slots, start)[:, None])
         return x - self.key_mean(slots)
+
+    def centre_values(self, values: Tensor) -> Tensor:
+        """Values, mean taken off, float32."""
+        return values.float() - self.value.mean[:, None]
 
     def decode_keys(self, planes: Tensor, gains: Tensor, slots: Tensor, start: Tensor) -> Tensor:
         """Inverse of the K half of `encode`: [B, H, T, D] float32."""

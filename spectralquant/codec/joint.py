@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spectralquant.allocation import water_fill
 from spectralquant.codebook import uniform_codebook
-from spectralquant.codec.search import nearest_symbols
+from spectralquant.codec.search import SearchTables, build_tables, nearest_symbols
 
 BLOCK = 16
 """Least coordinates of a block. Blocks of 8 have 3 % more error in V at 2.5 bits, larger ones need a wider search."""
@@ -67,10 +67,9 @@ class JointPlanes:
         """u [B, H, T, D], unit variance -> planes [B, H, T, P] uint8, levels [B, H, T, D]."""
         batch, heads, count = u.shape[:3]
         blocks = len(self.index)
-        scale = self.scale[:, self.index].flatten(0, 1)  # [H * blocks, d]
+        scale, book = self._block_scale(), self.codebook.flatten(0, 1)
         vectors = u[..., self.index].permute(1, 3, 0, 2, 4).reshape(heads * blocks, batch * count, -1)
-        book = self.codebook.flatten(0, 1)
-        symbols = nearest_symbols(vectors * scale[:, None], book * scale[:, None], _ridge(scale.square()))
+        symbols = nearest_symbols(vectors * scale[:, None], self.scaled_rows(), _ridge(scale.square()))
 
         def in_tokens(x: Tensor) -> Tensor:  # [H * blocks, batch * T, n] -> [batch, H, T, blocks, n]
             return x.view(heads, blocks, batch, count, -1).permute(2, 0, 3, 1, 4)
@@ -78,6 +77,18 @@ class JointPlanes:
         levels = torch.empty_like(u)
         levels[..., self.index.flatten()] = in_tokens(symbols @ book).flatten(-2)
         return (in_tokens(symbols) + self.offset).to(torch.uint8).flatten(-2), levels
+
+    def _block_scale(self) -> Tensor:
+        """[H B, d]."""
+        return self.scale[:, self.index].flatten(0, 1)
+
+    def scaled_rows(self) -> Tensor:
+        """[H B, P / B, d], the codebooks of coordinates with their standard deviations."""
+        return self.codebook.flatten(0, 1) * self._block_scale()[:, None]
+
+    def tables(self) -> SearchTables:
+        """Of all H B codebooks, as `quantize` searches them."""
+        return build_tables(self.scaled_rows(), _ridge(self._block_scale().square()))
 
     def symbols(self, planes: Tensor, head_axis: int) -> Tensor:
         """planes [..., P] uint8 -> float32 [..., P]; dimension `head_axis` has H entries."""

@@ -11,6 +11,8 @@ so symbols are decided one by one from the last row to the first, each seeing th
 partial decisions stay alive (r |s|^2 is taken out of the comparison again), each tries its two nearest symbols, and the best complete one wins.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,32 @@ PATHS = 8
 """Decisions kept alive. 16 take 3 % off the error of 8, 4 add 7 % (docs/log.md)."""
 _CHUNK_CPU, _CHUNK = 512, 16_384
 """Vectors per pass: few on a CPU, so that the search lives in its cache; many elsewhere, where every operation is a launch."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchTables:
+    """What the search needs of G codebooks [G, P, d].
+
+    Attributes:
+        filters: [G, d, P], x @ filters is t.
+        reach: [G, P, P], row p: how later decisions move the centre of symbol p.
+        weight: [G, P], of a symbol's squared distance from its centre.
+        ridge: [G].
+    """
+
+    filters: Tensor
+    reach: Tensor
+    weight: Tensor
+    ridge: Tensor
+
+
+def build_tables(codebook: Tensor, ridge: Tensor) -> SearchTables:
+    """Tables of `codebook` [G, P, d] float32 with `ridge` [G], see `nearest_symbols`."""
+    gram = codebook @ codebook.mT + ridge[:, None, None] * torch.eye(codebook.shape[1], device=codebook.device)
+    lower = torch.linalg.cholesky(gram)
+    diagonal = lower.diagonal(dim1=-2, dim2=-1)
+    filters = torch.cholesky_solve(codebook, lower).mT
+    return SearchTables(filters.contiguous(), (lower / diagonal[:, None]).mT.contiguous(), diagonal.square(), ridge)
 
 
 def nearest_symbols(x: Tensor, codebook: Tensor, ridge: Tensor, paths: int = PATHS) -> Tensor:
@@ -32,22 +60,18 @@ def nearest_symbols(x: Tensor, codebook: Tensor, ridge: Tensor, paths: int = PAT
     Returns:
         [G, N, P] float32 in {-1.5, -0.5, 0.5, 1.5}.
     """
-    gram = codebook @ codebook.mT + ridge[:, None, None] * torch.eye(codebook.shape[1], device=x.device)
-    lower = torch.linalg.cholesky(gram)
-    filters = torch.cholesky_solve(codebook, lower).mT  # [G, d, P]
-    diagonal = lower.diagonal(dim1=-2, dim2=-1)
-    reach = (lower / diagonal[:, None]).mT.contiguous()  # [G, P, P], row p: how later decisions move the centre of symbol p
+    tables = build_tables(codebook, ridge)
     pieces = x.split(_CHUNK_CPU if x.device.type == "cpu" else _CHUNK, 1)
-    return torch.cat([_decide(piece @ filters, reach, diagonal.square(), ridge, paths) for piece in pieces], 1)
+    return torch.cat([_decide(piece @ tables.filters, tables, paths) for piece in pieces], 1)
 
 
-def _decide(target: Tensor, reach: Tensor, weight: Tensor, ridge: Tensor, paths: int) -> Tensor:
-    """Symbols [G, N, P] near `target` [G, N, P]; reach [G, P, P], weight [G, P], ridge [G]."""
+def _decide(target: Tensor, tables: SearchTables, paths: int) -> Tensor:
+    """Symbols [G, N, P] near `target` [G, N, P]."""
     groups, count, planes = target.shape
     target = target.mT.contiguous()
     error = target.new_zeros((groups, planes, count, 1))  # s - t of what is decided
     metric = target.new_zeros((groups, count, 1))
-    ridge = ridge[:, None, None, None]
+    reach, weight, ridge = tables.reach, tables.weight, tables.ridge[:, None, None, None]
     for p in range(planes - 1, -1, -1):
         alive = metric.shape[-1]
         moved = (reach[:, p, None, p + 1 :] @ error[:, p + 1 :].flatten(2)).view(groups, count, alive)
