@@ -63,7 +63,7 @@ class PackedKV:
         return (self.exact_slots >= 0) & (self.exact_slots < self.packed)
 
     def dense(self, which: str) -> Tensor:
-        """Keys ("key") or values ("value") of every slot, [B, H, length, D] in the model dtype."""
+        """Keys ("key") or values ("value") of every slot, [B, H, length, D] in the model dtype. Attention over them adds no `missing_mass`."""
         raw = self.raw_keys if which == "key" else self.raw_values
         out = raw.new_empty(self.shape, dtype=self.dtype)
         out[:, :, self.packed :] = raw

@@ -1,5 +1,7 @@
 """The cache inside real transformers code paths."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import CONFIGS, TinyTokenizer, tiny_model
@@ -45,7 +47,10 @@ def test_memory_per_token_stays_flat_while_decoding(engine: SpectralQuantEngine,
 @pytest.mark.parametrize("foreign", ["sdpa", "eager"])
 @torch.no_grad()
 def test_foreign_attention_gives_the_same(engine: SpectralQuantEngine, llama: PreTrainedModel, foreign: str) -> None:
-    cache, more = engine.cache(llama), ids(7)
+    """But for the mass of coded tokens, which only our attention adds."""
+    engine.apply_to(llama)
+    codec = {i: replace(c, missing_mass=None) for i, c in engine.profile_codec(llama).items()}
+    cache, more = SpectralCache(llama.config, codec, engine.cache_config), ids(7)
     llama(ids(600), past_key_values=cache)
     ours = llama(more, past_key_values=cache.copy()).logits
     before = llama.config._attn_implementation
