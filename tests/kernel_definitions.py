@@ -24,9 +24,9 @@ REPRESENTATIVE: dict[str, list[dict[str, int]]] = {
         {**_ATTEND, "D": 256, "CK": 17, "CV": 19, "TRANSFORM_IN_SHARED": 0, "TABLE_IN_SHARED": 0, "USE_SOFTCAP": 1, "IS_BF16": 0},
         {**_ATTEND, "D": 80, "CK": 5, "CV": 6, "RUN": 0, "CB": 1, "USE_SINKS": 1},
     ],
-    "encode.cu": [
+    "encode_scalar.cu": [{"D": 128, "PLANES": 128, "IS_KEY": 1, "GAIN": 2}, {"D": 80, "PLANES": 96, "IS_KEY": 0, "GAIN": 1}],
+    "encode_joint.cu": [
         {"D": 128, "PLANES": 160, "IS_KEY": 0, "GAIN": 1, "BLOCKS": 8},
-        {"D": 128, "PLANES": 128, "IS_KEY": 1, "GAIN": 2, "BLOCKS": 1},
         {"D": 256, "PLANES": 304, "IS_KEY": 0, "GAIN": 1, "BLOCKS": 16},
         {"D": 112, "PLANES": 160, "IS_KEY": 0, "GAIN": 0, "BLOCKS": 4},
     ],

@@ -1,4 +1,4 @@
-"""Whitened vectors to packed codes by the CUDA kernels of kernels/encode.cu: the same codes as `SideCodec.encode` and `pack_planes` up to rounding.
+"""Whitened vectors to packed codes by the CUDA kernels encode_scalar.cu and encode_joint.cu: the codes of `SideCodec.encode` and `pack_planes`, up to rounding.
 
 K and V are turned and whitened by PyTorch, in products that its libraries do best; what the kernels take over is everything after: gains, cells,
 the search among codebook vectors, and the order of bits.
@@ -19,7 +19,7 @@ from spectralquant.codec.search import SearchTables
 from spectralquant.kernels.compiler import load
 
 THREADS = 256
-"""Of a block; kernels/encode.cu has the same."""
+"""Of a block; kernels/encode.cuh has the same."""
 _GAINS = {"ls": 0, "unbiased": 1, "search": 2}
 
 
@@ -28,7 +28,7 @@ class EncodeLaunch:
     """A launch of one of the kernels, ready to go.
 
     Attributes:
-        name: Of the kernel.
+        name: Of the kernel and of its source file.
         definitions: Compile-time definitions.
         arguments: In the kernel's order: tensors (their address is passed) and integers.
         blocks, shared_bytes: Of the launch.
@@ -45,7 +45,7 @@ class EncodeLaunch:
     error: Tensor | None
 
     def run(self, device: torch.device) -> None:
-        kernel = load("encode.cu", self.definitions, self.name, device)
+        kernel = load(f"{self.name}.cu", self.definitions, self.name, device)
         kernel(self.blocks, THREADS, self.shared_bytes, [a.data_ptr() if isinstance(a, Tensor) else a for a in self.arguments])
 
 
@@ -109,15 +109,21 @@ def plan_side(side: SideCodec, u: Tensor, records: Tensor, is_key: bool, joint: 
     gains = torch.empty((batch, heads, count), dtype=torch.uint8, device=u.device)
     sizes = (units, records.stride(1), records.stride(2), heads)
     quantizer = side.quantizer
-    definitions = {"D": dim, "PLANES": planes, "IS_KEY": int(is_key), "GAIN": _GAINS[side.gain], "BLOCKS": 1}
+    definitions = {"D": dim, "PLANES": planes, "IS_KEY": int(is_key), "GAIN": _GAINS[side.gain]}
     if isinstance(quantizer, UniformPlanes):
         error = torch.empty((batch, heads, count), dtype=torch.float32, device=u.device)
         arguments = (u, quantizer.step, quantizer.top, side.scale, quantizer.coordinate, quantizer.shift, records, gains, error, *sizes)
         return EncodeLaunch("encode_scalar", definitions, arguments, batch * heads * units, UNIT * dim, gains, error)
     assert isinstance(quantizer, JointPlanes) and joint is not None
     blocks, tables = len(quantizer.index), joint.tables
-    paths = THREADS * 4 * (1 + -(-planes // blocks // 16))
+    shared = _joint_shared_bytes(dim // blocks, planes // blocks, planes)
     arguments = (
         u, quantizer.index, quantizer.kept, side.scale, tables.filters, tables.reach, tables.weight, tables.ridge, joint.rows, records, gains, *sizes,
     )  # fmt: skip
-    return EncodeLaunch("encode_joint", {**definitions, "BLOCKS": blocks}, arguments, batch * heads * units, paths + UNIT * planes, gains, None)
+    return EncodeLaunch("encode_joint", {**definitions, "BLOCKS": blocks}, arguments, batch * heads * units, shared, gains, None)
+
+
+def _joint_shared_bytes(dim: int, planes: int, all_planes: int) -> int:
+    """`Shared` of kernels/encode_joint.cu, for blocks of `dim` coordinates and `planes` planes."""
+    tables = planes * (-(-planes // 4) * 4) + planes + 2 * dim * planes
+    return -(-4 * tables // 16) * 16 + UNIT * all_planes

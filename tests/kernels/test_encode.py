@@ -1,4 +1,7 @@
-"""encode.cu against the PyTorch codec: on the host everywhere, on the device with a GPU. Sums differ in order, so a code in a thousand may be its neighbour."""
+"""encode_scalar.cu and encode_joint.cu against the PyTorch codec: on the host everywhere, on the device with a GPU.
+
+Sums differ in order, so a code in a thousand may be its neighbour.
+"""
 
 import ctypes
 import shutil
@@ -34,7 +37,7 @@ extern "C" void go(unsigned grid, void** p, long long* l) {
     run(encode_joint, grid, 256u, (const float*)p[0], (const i64*)p[1], (const u8*)p[2], (const float*)p[3], (const float*)p[4], (const float*)p[5],
         (const float*)p[6], (const float*)p[7], (const float*)p[8], (u8*)p[9], (u8*)p[10], l[0], l[1], l[2], l[3]);
 }
-extern "C" unsigned shared_size() { return GROUPS * LANES * sizeof(Path) + 128 * PLANES; }""",
+extern "C" unsigned shared_size() { return sizeof(Shared); }""",
 }
 CASES = {
     "64": {},
@@ -51,7 +54,7 @@ CASES = {
 
 @cache
 def library(name: str, definitions: frozenset[tuple[str, int]]) -> ctypes.CDLL:
-    return compile_for_host("encode.cu", dict(definitions), LAUNCHERS[name], Path(mkdtemp()))
+    return compile_for_host(f"{name}.cu", dict(definitions), LAUNCHERS[name], Path(mkdtemp()))
 
 
 def run_on_host(launch: EncodeLaunch) -> None:
