@@ -61,6 +61,7 @@ class CacheConfig:
         window: Most recent tokens that are always exact; blocks of 128 leave it for the packed store.
         max_exact_share: Bound on the share of a layer's packed tokens kept exact besides the sinks.
         tile_tokens: Tokens of one layer that the reference attention unpacks at a time; None for what suits the device, see `tile_on`.
+        cuda_graphs: On GPUs with kernels, `generate` captures a decode step as a CUDA graph where the model allows it, see `decode_graph`.
         backend: "auto", "reference" (PyTorch) or "cuda" (the fused kernels, or an error that says why they can't run), see `backend.resolve_backend`.
     """
 
@@ -69,6 +70,7 @@ class CacheConfig:
     max_exact_share: float = 0.04
     tile_tokens: int | None = None
     backend: Backend = "auto"
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         require_int("sinks", self.sinks, 0, 64)

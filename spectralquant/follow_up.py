@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectralquant.cache.hf import SpectralCache, cache_argument
+from spectralquant.decode_graph import graphed_steps
 from spectralquant.errors import ConfigError
 
 CACHE_ARGUMENTS = ("past_key_values", "cache")
@@ -35,7 +36,8 @@ def install_generate(model: Any) -> None:
         mask = kwargs.get("attention_mask")
         if mask is not None and cache.get_seq_length() == 0:
             cache.set_padding(mask)
-        return original(inputs, *args, **target, **kwargs)
+        with graphed_steps(model, cache):
+            return original(inputs, *args, **target, **kwargs)
 
     model.generate = generate
 
@@ -66,7 +68,8 @@ def _follow_up(original: Any, model: Any, inputs: Tensor | None, args: Any, kwar
             kwargs["attention_mask"] = torch.cat([mask.new_ones((batch, width)), mask], 1)
         if kwargs.get("max_length") is not None:
             kwargs["max_length"] += width
-    out = original(ids, *args, **cache_argument(model, cache), **kwargs)
+    with graphed_steps(model, cache):
+        out = original(ids, *args, **cache_argument(model, cache), **kwargs)
     if whole:
         return out
     if isinstance(out, Tensor):

@@ -15,8 +15,6 @@ from spectralquant.attention.cuda import FusedAttention
 from spectralquant.attention.reference import attend
 from spectralquant.codec.packed import PackedKV
 
-MAX_POSITIONS = 16
-"""Query positions per sequence up to which the kernel reads the codes once for every 8 rows; beyond, the reference unpacks them once for all."""
 _NOTE = "spectralquant_padding"
 
 
@@ -24,8 +22,8 @@ def attend_packed(
     query: Tensor, kv: PackedKV, mask: Tensor | None = None, scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None
 ) -> Tensor:
     """`reference.attend` by whatever is fastest here: arguments and result as there."""
-    hidden = (0,) * len(query) if mask is None else getattr(mask, _NOTE, None)
-    if kv.kernels and query.shape[2] <= MAX_POSITIONS and hidden == kv.padding:
+    hidden = kv.padding if kv.causal else (0,) * len(query) if mask is None else getattr(mask, _NOTE, None)
+    if kv.kernels and hidden == kv.padding:
         return _fused_on(query.device).attend(query, kv, scale, softcap, sinks)
     return attend(query, kv, mask, scale, softcap, sinks)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from spectralquant.cache.segment import Segment
+from spectralquant.cache.segment import Segment, use_kernels
 from spectralquant.codec.codec import LayerCodec, codec_nbytes
 from spectralquant.codec.packed import LazyKV
 from spectralquant.config import CacheConfig
@@ -32,6 +32,7 @@ class SpectralLayer(CacheLayerMixin):
         self.segment: Segment | None = None
         self.padding: Tensor | None = None
         self.is_initialized = False  # the base class of 4.56 does not set it
+        self.stepping = False  # whether `update` takes one token per sequence for a CUDA graph, see `Segment.append`
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         batch = key_states.shape[0]
@@ -47,10 +48,17 @@ class SpectralLayer(CacheLayerMixin):
         if self.segment is None:
             self.lazy_initialization(key_states, value_states)
         assert self.segment is not None
+        if self.stepping:
+            view = self.segment.append(key_states.detach(), value_states.detach())
+            return LazyKV(view, "key"), LazyKV(view, "value")
         view = self.segment.update(key_states.detach(), value_states.detach())
         if view is None:
             return key_states, value_states
         return LazyKV(view, "key"), LazyKV(view, "value")
+
+    def runs_kernels(self, device: torch.device) -> bool:
+        """Whether attention over this layer on `device` is the fused kernel's."""
+        return use_kernels(self.codec, self.config, device)
 
     def get_seq_length(self, *args: Any) -> int:
         return 0 if self.segment is None else self.segment.length

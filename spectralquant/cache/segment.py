@@ -25,6 +25,8 @@ from spectralquant.errors import BackendError, ShapeError
 EARLY = 4
 """Exact tokens that a layer may have beyond its share: secondary sinks come at the first delimiters of a text, before a share allows any. Like the
 sinks they are few per sequence, whatever its length."""
+EXACT_AHEAD = 5
+"""Exact tokens that a unit may bring (`max_exact_share` of 128)."""
 
 
 class Segment:
@@ -35,6 +37,9 @@ class Segment:
         config: What stays exact.
         keys: [B, H, *, D]: gives batch, heads, dtype and device.
         start: [B] int64, slots of left padding.
+
+    Attributes:
+        ahead: Units more than are needed that a store gets room for when it grows: what a CUDA graph reads should seldom move.
 
     Raises:
         ShapeError: `keys` has other heads or another head size than the codec.
@@ -48,8 +53,9 @@ class Segment:
             raise ShapeError(f"keys have {heads} heads of size {dim}, the calibration has {want[0]} of size {want[1]}; calibrate this model")
         self.codec, self.config, self.start, self.dtype = codec, config, start, keys.dtype
         self.tile_tokens = config.tile_on(keys.device.type)
-        self.kernels = _use_kernels(codec, config, keys.device)
+        self.kernels = use_kernels(codec, config, keys.device)
         self.encode_kernels = choose_for_feature("encoding", resolve_backend(config.backend, keys.device)).name == "cuda"
+        self.ahead = 0
         self._padding: tuple[int, ...] | None = None
         self.lengths = torch.zeros((batch, 2), dtype=torch.int32, device=keys.device)  # units packed, tokens in the window
         self.packed = self.recent = 0  # tokens in the packed store and in the window
@@ -76,9 +82,7 @@ class Segment:
     def update(self, keys: Tensor, values: Tensor) -> PackedKV | None:
         """Append keys and values [B, H, T, D]. Returns what attention reads, or None when nothing was stored before."""
         was_empty, count = self.length == 0, keys.shape[-2]
-        ready = max(self.recent - self.config.window, 0) // UNIT * UNIT
-        if ready:
-            self._pack_recent(ready)
+        self.pack_ready()
         if self.recent + count <= self.recent_keys.shape[-2]:
             self.recent_keys[:, :, self.recent : self.recent + count] = keys
             self.recent_values[:, :, self.recent : self.recent + count] = values
@@ -92,6 +96,27 @@ class Segment:
         self._replace_recent(keys, values)
         return view
 
+    def pack_ready(self) -> None:
+        """Pack the blocks of the window that are due."""
+        ready = max(self.recent - self.config.window, 0) // UNIT * UNIT
+        if ready:
+            self._pack_recent(ready)
+
+    def append(self, keys: Tensor, values: Tensor) -> PackedKV:
+        """`update` with one token per sequence, keys and values [B, H, 1, D], in operations that a CUDA graph can repeat: the token goes where `lengths`
+        says, and what attention reads has the same addresses every time. Blocks that are due were packed (`pack_ready`); the host's count of tokens
+        follows `count_step`."""
+        place = self.lengths[:1, 1].long()
+        self.recent_keys.index_copy_(2, place, keys.to(self.recent_keys.dtype))
+        self.recent_values.index_copy_(2, place, values.to(self.recent_values.dtype))
+        self.lengths[:, 1] += 1
+        rows = self.recent_keys.shape[2] if self.kernels else self.recent + 1  # kernels read lengths, the reference reads shapes
+        return self._view(self.recent_keys[:, :, :rows], self.recent_values[:, :, :rows], self.lengths, causal=True)
+
+    def count_step(self) -> None:
+        """Note that the window has the token of one more `append`."""
+        self.recent += 1
+
     @property
     def padding(self) -> tuple[int, ...]:
         """`start` on the host; read once."""
@@ -99,10 +124,10 @@ class Segment:
             self._padding = tuple(self.start.tolist())
         return self._padding
 
-    def _view(self, raw_keys: Tensor, raw_values: Tensor, lengths: Tensor) -> PackedKV:
+    def _view(self, raw_keys: Tensor, raw_values: Tensor, lengths: Tensor, causal: bool = False) -> PackedKV:
         return PackedKV(
             self.codec, self.records, self.packed, self.exact_keys, self.exact_values, self.exact_slots,
-            raw_keys, raw_values, self.start, self.padding, lengths, self.dtype, self.tile_tokens, self.kernels,
+            raw_keys, raw_values, self.start, self.padding, lengths, self.dtype, self.tile_tokens, self.kernels, causal,
         )  # fmt: skip
 
     def _replace_recent(self, keys: Tensor, values: Tensor) -> None:
@@ -180,13 +205,13 @@ class Segment:
     def _reserve_units(self, need: int) -> None:
         have = self.records.shape[2]
         if need > have:
-            size = max(need, have + have // 8)
+            size = max(need + self.ahead, have + have // 8)
             self.records = _grow(self.records, 2, size, fill=0)
 
     def _reserve_exact(self, need: int) -> None:
         have = self.exact_slots.shape[1]
         if need > have:
-            size = max(need, have + have // 8)
+            size = max(need + self.ahead * EXACT_AHEAD, have + have // 8)
             self.exact_slots = _grow(self.exact_slots, 1, size, fill=-1)
             self.exact_keys = _grow(self.exact_keys, 2, size, fill=0)
             self.exact_values = _grow(self.exact_values, 2, size, fill=0)
@@ -229,7 +254,8 @@ class Segment:
         return other
 
 
-def _use_kernels(codec: LayerCodec, config: CacheConfig, device: torch.device) -> bool:
+def use_kernels(codec: LayerCodec, config: CacheConfig, device: torch.device) -> bool:
+    """Whether attention over codes of `codec` on `device` is the fused kernel's."""
     choice = choose_for_feature("decode attention", resolve_backend(config.backend, device))
     if choice.name == "cuda" and not codec.has_planes:
         if config.backend == "cuda":

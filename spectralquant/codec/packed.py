@@ -32,6 +32,7 @@ class PackedKV:
         dtype: The model's dtype.
         tile_tokens: Tokens that tile-wise readers unpack at a time.
         kernels: Whether CUDA kernels may read it.
+        causal: Queries see what causal order and left padding let them see, whatever mask a model makes.
     """
 
     codec: LayerCodec
@@ -48,6 +49,7 @@ class PackedKV:
     dtype: torch.dtype
     tile_tokens: int
     kernels: bool
+    causal: bool = False
 
     @property
     def length(self) -> int:

@@ -121,6 +121,7 @@ CASES = {
     "joint values, ultra": {"quantizer": "joint", "preset": "ultra"},
     "4 queries of 7 heads": {"groups": 7, "new": 4},
     "16 queries": {"groups": 1, "new": 16, "dtype": torch.bfloat16},
+    "a chunk of 150 queries": {"groups": 2, "new": 150, "batch": 1, "heads": 1, "tokens": 900},
     "71 heads": {"groups": 71, "heads": 1, "batch": 1, "tokens": 400},
     "soft-cap": {"softcap": 5.0},
     "sinks": {"sinks": True},

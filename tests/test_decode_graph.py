@@ -1,0 +1,127 @@
+"""Decode steps by a CUDA graph: the parts everywhere, the whole with a GPU."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import TinyTokenizer, tiny_model
+from transformers import PreTrainedModel
+
+from spectralquant.cache.segment import Segment
+from spectralquant.config import CacheConfig
+from spectralquant.corpus import get_default_calibration_texts
+from spectralquant.decode_graph import DecodeGraph, _only_padding, graphed_steps
+from spectralquant.engine import SpectralQuantEngine
+
+
+def segment_of(engine: SpectralQuantEngine, length: int, start: tuple[int, ...] = (0, 3)) -> tuple[Segment, torch.Tensor, torch.Tensor]:
+    codec = next(iter(engine.profile_codec().values()))
+    heads, dim = codec.key.encode_matrix.shape[:2]
+    keys, values = torch.randn(2, len(start), heads, length + 400, dim)
+    segment = Segment(codec, CacheConfig(), keys, torch.tensor(start))
+    segment.update(keys[:, :, :length], values[:, :, :length])
+    return segment, keys[:, :, length:], values[:, :, length:]
+
+
+@pytest.mark.parametrize("length", [20, 300, 511])
+def test_append_is_update_token_by_token(engine: SpectralQuantEngine, length: int) -> None:
+    """Across several blocks that leave the window; what attention reads is the same."""
+    torch.manual_seed(1)
+    one, keys, values = segment_of(engine, length)
+    torch.manual_seed(1)
+    other, _, _ = segment_of(engine, length)
+    for i in range(300):
+        token = (keys[:, :, i : i + 1], values[:, :, i : i + 1])
+        want = one.update(*token)
+        other.pack_ready()
+        got = other.append(*token)
+        other.count_step()
+        assert want is not None and got.length == want.length and torch.equal(got.lengths, want.lengths)
+        assert got.causal and not want.causal
+        assert torch.equal(got.raw_keys, want.raw_keys) and torch.equal(got.raw_values, want.raw_values)
+    assert torch.equal(one.records[:, :, : one.packed // 128], other.records[:, :, : other.packed // 128])
+    assert torch.equal(one.exact_slots[one.exact_slots >= 0], other.exact_slots[other.exact_slots >= 0])
+
+
+def test_stores_that_grow_ahead_move_seldom(engine: SpectralQuantEngine) -> None:
+    segment, keys, values = segment_of(engine, 300)
+    segment.ahead, places = 8, set()
+    for i in range(0, 400, 4):
+        segment.update(keys[:, :, i : i + 4], values[:, :, i : i + 4])
+        places.add((segment.records.data_ptr(), segment.exact_keys.data_ptr()))
+    assert len(places) <= 2 and segment.packed >= 512
+
+
+def test_only_padding(engine: SpectralQuantEngine) -> None:
+    segments = [segment_of(engine, 20)[0]]
+    mask = torch.ones(2, 21, dtype=torch.int64)
+    assert not _only_padding(None, segments) and not _only_padding(mask, segments)
+    mask[1, :3] = 0
+    assert _only_padding(mask, segments)
+    mask[0, 7] = 0
+    assert not _only_padding(mask, segments)
+    assert not _only_padding(mask[None, None], segments)
+    assert _only_padding(None, [segment_of(engine, 20, (0, 0))[0]])
+
+
+def test_no_graph_without_a_gpu(engine: SpectralQuantEngine, llama: PreTrainedModel) -> None:
+    with graphed_steps(llama, engine.cache(llama)) as graph:
+        assert graph is None and "forward" not in llama.__dict__
+
+
+@pytest.mark.parametrize(
+    ("inputs", "taken"),
+    [({}, True), ({"input_ids": torch.ones(1, 2, dtype=torch.int64)}, False), ({"output_attentions": True}, False), ({"inputs_embeds": torch.ones(1)}, False)],
+    ids=["a token", "two tokens", "attentions", "embeddings"],
+)
+def test_takes_plain_steps_alone(engine: SpectralQuantEngine, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, inputs: Any, taken: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    cache = engine.cache(llama)
+    one = {"input_ids": torch.ones(1, 1, dtype=torch.int64), "past_key_values": cache, "use_cache": True, "attention_mask": torch.ones(1, 41)}
+    graph = DecodeGraph(llama, llama.forward, cache)
+    assert not graph.takes(one)  # nothing is stored yet
+    with torch.no_grad():
+        llama(torch.randint(3, 99, (1, 40)), past_key_values=cache)
+    assert graph.takes({**one, **inputs}) == taken
+
+
+# With a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def engine_on_gpu(dtype: torch.dtype, **config: Any) -> tuple[SpectralQuantEngine, PreTrainedModel]:
+    model = tiny_model("llama", dtype).cuda()
+    engine = SpectralQuantEngine(cache_config=CacheConfig(**config))
+    engine.calibrate(model, TinyTokenizer(), get_default_calibration_texts(12), progress=False)
+    return engine, model
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}], ids=["greedy", "beams", "sampling"])
+def test_generate_is_the_same_with_and_without_graphs(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    plain, model = engine_on_gpu(dtype, cuda_graphs=False)
+    graphed = SpectralQuantEngine()
+    graphed._add(plain.profile_of(model))
+    ids = torch.randint(3, 99, (2, 300), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :37] = 0
+    out = []
+    for engine in (plain, graphed):
+        torch.manual_seed(5)
+        out.append(
+            model.generate(ids, attention_mask=mask, past_key_values=engine.cache(model), max_new_tokens=300, min_new_tokens=300, pad_token_id=0, **options)
+        )
+    same = (out[0] == out[1]).float().mean()
+    assert same == 1 or (dtype == torch.bfloat16 and options)  # the same kernels in the same order
+
+
+@pytest.mark.gpu
+def test_a_graph_is_captured_seldom() -> None:
+    engine, model = engine_on_gpu(torch.bfloat16)
+    cache, ids = engine.cache(model), torch.randint(3, 99, (1, 300), device="cuda")
+    with torch.no_grad(), graphed_steps(model, cache) as graph:
+        assert graph is not None
+        model(ids, past_key_values=cache)
+        for i in range(600):
+            model(input_ids=ids[:, i % 300 : i % 300 + 1], past_key_values=cache)
+    assert cache.get_seq_length() == 900 and graph.captures <= 3 and graph.replays >= 590 and "forward" not in model.__dict__
