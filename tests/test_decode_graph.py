@@ -1,5 +1,6 @@
 """Decode steps by a CUDA graph: the parts everywhere, the whole with a GPU."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from tiny_models import TinyTokenizer, tiny_model
 from transformers import PreTrainedModel
 
+from spectralquant import decode_graph
 from spectralquant.cache.segment import Segment
 from spectralquant.config import CacheConfig
 from spectralquant.corpus import get_default_calibration_texts
@@ -83,6 +85,89 @@ def test_takes_plain_steps_alone(engine: SpectralQuantEngine, llama: PreTrainedM
     with torch.no_grad():
         llama(torch.randint(3, 99, (1, 40)), past_key_values=cache)
     assert graph.takes({**one, **inputs}) == taken
+
+
+class Double:
+    """Stands for a CUDA graph on the CPU: what is captured has run once, and is run again by every replay but the first."""
+
+    def __init__(self) -> None:
+        self.again: Any = None
+        self.fresh = True
+
+    def replay(self) -> None:
+        if not self.fresh:
+            self.again()
+        self.fresh = False
+
+
+class Capture(DecodeGraph):
+    def _capture(self, inputs: dict[str, Any]) -> bool:
+        self._graph = graph = Double()  # pyright: ignore[reportAttributeAccessIssue]
+
+        def run() -> None:
+            with self._stepping():
+                out = self.forward(**self._arguments(inputs))
+            if self._output is None or graph.fresh:
+                self._output = out
+            else:
+                self._output.logits.copy_(out.logits)
+
+        graph.again = run
+        run()
+        self.captures += 1
+        return True
+
+    def _run_once(self, inputs: dict[str, Any], segments: list[Segment]) -> Any:
+        with self._stepping():
+            out = self.forward(**self._arguments(inputs))
+        for segment in segments:
+            segment.count_step()
+        return out
+
+
+@pytest.fixture
+def doubles(monkeypatch: pytest.MonkeyPatch) -> list[Capture]:
+    """The graphs that were made; steps are taken as if there were a GPU."""
+    made: list[Capture] = []
+
+    def make(*args: Any) -> Capture:
+        made.append(Capture(*args))
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(decode_graph, "DecodeGraph", make)
+    monkeypatch.setattr(decode_graph, "_can_graph", lambda model, cache: cache.layers[0].config.cuda_graphs)
+    return made
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_repeated_steps_are_the_steps(
+    engine: SpectralQuantEngine, llama: PreTrainedModel, llama_calibration: Path, doubles: list[Capture], options: dict[str, Any], padded: bool
+) -> None:
+    plain = SpectralQuantEngine(cache_config=CacheConfig(cuda_graphs=False))
+    plain.load_calibration(llama_calibration)
+    ids = torch.randint(3, 99, (2, 300))
+    mask = torch.ones_like(ids)
+    mask[1, : 37 if padded else 0] = 0
+    out = []
+    for one in (plain, engine):
+        torch.manual_seed(5)
+        cache = one.cache(llama)
+        out.append(llama.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=150, min_new_tokens=150, pad_token_id=0, **options))
+    assert torch.equal(out[0], out[1])
+    (graph,) = doubles
+    if "num_beams" in options:
+        assert graph.replays < 5  # buffers move at every step
+    else:
+        assert graph.captures <= 2 and graph.replays >= 145
+
+
+def test_a_prefix_serves_follow_ups_by_graphs(engine: SpectralQuantEngine, llama: PreTrainedModel, tokenizer: TinyTokenizer, doubles: list[Capture]) -> None:
+    prefix = engine.compress_prefill(llama, tokenizer, torch.randint(3, 99, (400,)).tolist())
+    question = torch.randint(3, 99, (1, 9))
+    first, second = (llama.generate(question, past_key_values=prefix["cache"], max_new_tokens=20, pad_token_id=0) for _ in range(2))
+    assert torch.equal(first, second) and len(doubles) == 2 and all(graph.replays >= 15 for graph in doubles)
 
 
 # With a GPU ----------------------------------------------------------------------------------------------------------
