@@ -10,6 +10,7 @@ rotary pairs: row 16 k + i of the matrix is the lower coordinate of pair 8 k + i
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from spectralquant.codec.codec import LayerCodec
 from spectralquant.errors import BackendError
 
 RANK_TOLERANCE = 2.0**-18
-"""Singular values of G below this share of the largest are left out: finer than what two float16 numbers hold of the largest."""
+"""Singular values of the offsets' curves below this share of the largest are left out: finer than what two float16 numbers hold of the largest."""
 SPLIT_ABOVE = 0.25
 """Mean scores beyond this size, in logits, are computed in twice the precision of float16: their error is common to a key's neighbours, and large."""
 _HALF_MAX = 2.0**14
@@ -73,7 +74,8 @@ def build_constants(codec: LayerCodec) -> KernelConstants:
     planes = codec.key.decode_matrix.cpu().double().mT[:, order]  # [H, D, P]
     slots = torch.arange(run or 16)
     mean = codec.key_mean(slots.to(codec.key.mean.device)).cpu().double().expand(-1, len(slots), -1).mT[:, order]  # [H, D, run]
-    left, right = _low_rank(mean)
+    right = offset_basis(tuple(rates.tolist()), run).expand(len(mean), -1, -1) if run else torch.full((len(mean), 1, len(slots)), len(slots) ** -0.5)
+    left, right = _pad_rank(mean @ right.double().mT, right.double())
     size = (codec.key.mean.double() @ codec.key.encode_matrix.double() * codec.key.scale.double()).norm(dim=-1).max()
     split = int(size > SPLIT_ABOVE)
     plane_scale, mean_scale = _power_of_two(planes.norm(dim=1)), _power_of_two(left.norm(dim=1))
@@ -113,13 +115,20 @@ def _pair_order(dim: int, pairs: int, interleaved: bool) -> Tensor:
     return torch.stack([lower.view(-1, 8), upper.view(-1, 8)], 1).flatten()
 
 
-def _low_rank(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A [H, D, R], B [H, R, n] with A B = matrix [H, D, n], R a multiple of 16 and the same for all heads."""
-    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    rank = int((s > RANK_TOLERANCE * s[:, :1].clamp_min(1e-30)).sum(-1).max())
-    rank = max(-(-rank // 16) * 16, 16)
-    left, right = (u * s[:, None])[..., :rank], v[:, :rank]
-    return torch.nn.functional.pad(left, (0, rank - left.shape[-1])), torch.nn.functional.pad(right, (0, 0, 0, rank - right.shape[1]))
+@lru_cache(maxsize=64)
+def offset_basis(rates: tuple[float, ...], run: int) -> Tensor:
+    """[R, run] float64, orthonormal rows: what cos and sin of all pairs, and a constant, can be over the offsets of a run. One basis for all heads and
+    layers that turn alike."""
+    angles = torch.tensor(rates, dtype=torch.float64)[:, None] * torch.arange(run)
+    curves = torch.cat([angles.cos(), angles.sin(), torch.ones(1, run, dtype=torch.float64)])
+    _, s, v = torch.linalg.svd(curves, full_matrices=False)
+    return v[s > RANK_TOLERANCE * s[0]]
+
+
+def _pad_rank(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """left [H, D, R], right [H, R, n] with R filled up to a multiple of 16."""
+    missing = -left.shape[-1] % 16
+    return torch.nn.functional.pad(left, (0, missing)), torch.nn.functional.pad(right, (0, 0, 0, missing))
 
 
 def _power_of_two(norms: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def test_generation_reaches_the_kernel(
         mask = left_padded(300, 0, padding)
         out = []
         for kernels in (False, True):
-            monkeypatch.setattr(segment_module, "_use_kernels", lambda *_, use=kernels: use)
+            monkeypatch.setattr(segment_module, "use_kernels", lambda *_, use=kernels: use)
             before, cache = double.calls, engine.cache(llama)
             out.append(llama.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **cache_argument(llama, cache)))
             assert double.calls - before == (5 * len(cache.coded_layers) if kernels else 0)
