@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one go: tests of the kernels, the sanitizers where they are installed, and the attention benchmark.
+# Everything that needs an NVIDIA GPU, in one go: tests of the kernels, the sanitizers where they are installed, and the benchmarks.
 #
-#     benchmarks/gpu.sh [FILE]        writes the benchmark to FILE, default benchmarks/results/attention-<card>.json
+#     benchmarks/gpu.sh [FOLDER]      writes attention-<card>.json and decoding-<card>.json to FOLDER, default benchmarks/results
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 card=$(python -c 'import torch; print(torch.cuda.get_device_name().split()[1].lower())')
-out=${1:-benchmarks/results/attention-$card.json}
+out=${1:-benchmarks/results}
 
 python -m pytest -q -m gpu tests
 if command -v compute-sanitizer > /dev/null; then
@@ -15,4 +15,5 @@ if command -v compute-sanitizer > /dev/null; then
             python -m pytest -q -m gpu tests/attention -k "float32 or bfloat16 or 128 or 256 or joint"
     done
 fi
-python benchmarks/attention.py --out "$out"
+python benchmarks/attention.py --out "$out/attention-$card.json"
+python benchmarks/decoding.py --out "$out/decoding-$card.json"
