@@ -160,7 +160,7 @@ class Segment:
         slots = torch.arange(self.packed, self.packed + count, device=keys.device)
         self._reserve_units((self.packed + reserve) // UNIT)
         records = self.records[:, :, self.packed // UNIT : (self.packed + count) // UNIT]
-        gains, value_gains, key_error = encode_units(self.codec, keys, values, slots, self.start, records, self.encode_kernels)
+        gains, value_gains, key_error = encode_units(self.codec, keys, values, self.packed, self.start, records, self.encode_kernels)
         exact = self._choose_exact(values, slots, key_error)
         masked = (exact | (slots[None] < self.start[:, None]))[:, None]
         _, key_bytes, _, value_bytes = self.codec.layout.split(records)

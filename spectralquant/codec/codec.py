@@ -26,7 +26,7 @@ from torch import Tensor
 from spectralquant.codebook import distortion_table
 from spectralquant.codec.budget import coordinate_bits, exact_bounds, plane_counts
 from spectralquant.codec.joint import JointPlanes, block_index, fit_codebooks
-from spectralquant.codec.layout import MAX_GAIN, RecordLayout, gain_codes, gain_values
+from spectralquant.codec.layout import MAX_GAIN, UNIT, RecordLayout, gain_codes, gain_values
 from spectralquant.codec.quantizer import EPS, MAX_BITS, LloydMaxBits, Quantizer, build_quantizer, scalar_of
 from spectralquant.config import Dials
 from spectralquant.presets import CompressionPreset
@@ -181,6 +181,18 @@ class LayerCodec:
         if self.frame is not None:
             x = self.frame.rotary.rotate(x, -self.frame.anchors(slots, start)[:, None])
         return x - self.key_mean(slots)
+
+    def centre_units(self, keys: Tensor, first: int, start: Tensor) -> Tensor:
+        """`centre_keys` of the units from slot `first` on, keys [B, H, T, D] with T and `first` multiples of 128: a unit has one anchor."""
+        x, frame = keys.float().unflatten(2, (-1, UNIT)), self.frame
+        mean = self.key.mean[:, None, None]
+        if frame is not None:
+            slots = first + UNIT * torch.arange(x.shape[2], device=keys.device)
+            x = frame.rotary.rotate(x, -frame.anchors(slots, start)[:, None, :, None])
+            if frame.trajectory:
+                by_unit = self.key_mean(torch.arange(frame.run, device=keys.device)).unflatten(1, (-1, UNIT))
+                mean = by_unit[:, slots // UNIT % by_unit.shape[1]]
+        return (x - mean).flatten(2, 3)
 
     def centre_values(self, values: Tensor) -> Tensor:
         """Values, mean taken off, float32."""

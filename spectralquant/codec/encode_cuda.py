@@ -70,8 +70,8 @@ class FusedEncoder:
         self.device = device
         self._constants: dict[int, tuple[LayerCodec, JointConstants | None]] = {}  # the codec too: its id stays its own
 
-    def encode(self, codec: LayerCodec, keys: Tensor, values: Tensor, slots: Tensor, start: Tensor, records: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`units.encode_units`, arguments and result as there, for codecs that `can_encode`.
+    def encode(self, codec: LayerCodec, keys: Tensor, values: Tensor, records: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Write the codes of keys and values [B, H, T, D] float32, centred, for codecs that `can_encode`; result as of `units.encode_units`.
 
         Raises:
             BackendError: The kernels can't be built.
@@ -79,9 +79,9 @@ class FusedEncoder:
         if id(codec) not in self._constants:
             self._constants[id(codec)] = (codec, joint_constants(codec.value))
         key_codes, _, value_codes, _ = codec.layout.split(records)
-        key = plan_side(codec.key, codec.centre_keys(keys, slots, start) @ codec.key.encode_matrix, key_codes, True, None)
+        key = plan_side(codec.key, keys @ codec.key.encode_matrix, key_codes, True, None)
         key.run(self.device)
-        value = plan_side(codec.value, codec.centre_values(values) @ codec.value.encode_matrix, value_codes, False, self._constants[id(codec)][1])
+        value = plan_side(codec.value, values @ codec.value.encode_matrix, value_codes, False, self._constants[id(codec)][1])
         value.run(self.device)
         assert key.error is not None
         return key.gains, value.gains, codec.relative_error(key.error)

@@ -1,5 +1,7 @@
 """Encode and decode against the formulas of the module."""
 
+from typing import Any
+
 import oracles
 import pytest
 import synthetic
@@ -309,3 +311,14 @@ def test_gain_codes_of_encode_match_the_distortion_of_no_gain_rounding() -> None
     z, decoded = z_of(profile, x), z_of(profile, side.decode(planes, codes))
     best = ((z * decoded).sum(-1) / decoded.square().sum(-1))[..., None]
     assert (z - decoded).square().sum() < 1.02 * (z - best * decoded).square().sum()
+
+
+@pytest.mark.parametrize("first", [0, 128, 512])
+@pytest.mark.parametrize("choices", [{}, {"trajectory": False}, {"run": 0}, {"run": 512}], ids=str)
+@pytest.mark.parametrize("pairs", [32, 16])
+def test_centre_units_is_centre_keys(first: int, choices: dict[str, Any], pairs: int) -> None:
+    """To the last bit, partial rotations and padding included."""
+    profile = synthetic.profile(2, 64, (0,), rotary=Rotary(synthetic.inv_freq(pairs)), **choices)
+    codec = build_codec(profile, PRESETS["high"], Dials())[0]
+    keys, start = torch.randn(2, 2, 384, 64), torch.tensor([0, 37])
+    assert torch.equal(codec.centre_units(keys, first, start), codec.centre_keys(keys, torch.arange(first, first + 384), start))

@@ -144,7 +144,7 @@ def test_encode_units_writes_what_the_codec_says() -> None:
     keys, values = torch.randn(2, 2, 256, 64), torch.randn(2, 2, 256, 64)
     slots, start = torch.arange(128, 384), torch.tensor([0, 3])
     records = store(codec, 2, 2)
-    gains, value_gains, error = encode_units(codec, keys, values, slots, start, records[:, :, 1:3], kernels=False)
+    gains, value_gains, error = encode_units(codec, keys, values, 128, start, records[:, :, 1:3], kernels=False)
     planes, want_gains, value_planes, want_value_gains = codec.encode(keys, values, slots, start)
     key, _, value, _ = codec.layout.split(records[:, :, 1:3])
     assert torch.equal(unpack_planes(key, "key").flatten(2, 3), planes) and torch.equal(unpack_planes(value, "value").flatten(2, 3), value_planes)
@@ -167,9 +167,9 @@ def test_encode_on_the_device(options: dict) -> None:
 def test_encode_units_by_kernels() -> None:
     codec = make(device="cuda")
     keys, values = torch.randn(2, 2, 1024, 64, device="cuda"), torch.randn(2, 2, 1024, 64, device="cuda")
-    slots, start = torch.arange(256, 1280, device="cuda"), torch.tensor([0, 3], device="cuda")
+    start = torch.tensor([0, 3], device="cuda")
     stores = [store(codec, 2, 8) for _ in range(3)]
-    got, want, again = (encode_units(codec, keys, values, slots, start, s[:, :, 1:9], k) for s, k in zip(stores, (True, False, True), strict=True))
+    got, want, again = (encode_units(codec, keys, values, 256, start, s[:, :, 1:9], k) for s, k in zip(stores, (True, False, True), strict=True))
     assert torch.equal(stores[0], stores[2]) and all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
     assert all(same_share(a, b) > 1 - DIFFERENT for a, b in zip(got[:2], want[:2], strict=True))
     torch.testing.assert_close(got[2], want[2], rtol=2e-2, atol=1e-4)
