@@ -1,6 +1,7 @@
 """The fused kernel against the reference: on the host, where every thread is a fiber, and with a GPU on the device."""
 
 import ctypes
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -145,6 +146,24 @@ def test_kernel_on_the_host(options: dict[str, Any]) -> None:
     assert got.dtype == case.query.dtype and relative_rms(got, case.want()) < ERROR[got.dtype]
 
 
+def random_options(seed: int) -> dict[str, Any]:
+    """Sizes, lengths and padding of any kind; few compile-time variants."""
+    draw = random.Random(seed)
+    batch, tokens, new = draw.randint(1, 4), draw.choice([draw.randint(2, 300), draw.randint(300, 1500)]), draw.choice([1, 1, draw.randint(2, 16)])
+    return {
+        "batch": batch, "tokens": max(tokens, new + 1), "new": new, "heads": draw.randint(1, 4), "groups": draw.choice([1, 2, 4, 7, draw.randint(1, 16)]),
+        "start": tuple(draw.choice([0, draw.randint(0, tokens - 1)]) for _ in range(batch)), "dim": draw.choice([64, 64, 128]),
+        "dtype": draw.choice([torch.float16, torch.bfloat16]), "rotary": draw.choice(["neox", "neox", None]), "amplitude": draw.choice([1.0, 10.0]),
+    }  # fmt: skip
+
+
+@HOST
+@pytest.mark.parametrize("seed", range(6))
+def test_kernel_on_random_shapes_on_the_host(seed: int) -> None:
+    case = Case(**random_options(seed))
+    assert relative_rms(run_on_host(case.launch(random.Random(seed).randint(1, 40))), case.want()) < ERROR[case.query.dtype]
+
+
 @HOST
 def test_kernel_does_not_depend_on_the_split() -> None:
     """Any number of blocks, more than there are steps included: the same up to the order of sums, and the same bits every time."""
@@ -199,3 +218,16 @@ def test_kernel_on_the_device(options: dict[str, Any]) -> None:
     got = fused.attend(case.query, case.kv, None, case.softcap, case.sinks)
     assert relative_rms(got, case.want()) < ERROR[got.dtype]
     assert torch.equal(got, fused.attend(case.query, case.kv, None, case.softcap, case.sinks))
+
+
+@pytest.mark.gpu
+def test_kernel_on_random_shapes() -> None:
+    """Hundreds of them, each twice with the same bits."""
+    fused, wrong = FusedAttention(torch.device("cuda", 0)), []
+    for seed in range(300):
+        options = random_options(seed)
+        case = Case(**options, device="cuda")
+        got = fused.attend(case.query, case.kv)
+        if not torch.equal(got, fused.attend(case.query, case.kv)) or relative_rms(got, case.want()) >= ERROR[got.dtype]:
+            wrong.append((seed, options, relative_rms(got, case.want())))
+    assert not wrong
