@@ -157,21 +157,26 @@ def graphed_steps(model: Any, cache: SpectralCache) -> Iterator[DecodeGraph | No
         yield None
         return
     graph = DecodeGraph(model, forward, cache)
+    active = [graph]
 
     @wraps(forward)
     def stepped(*args: Any, **inputs: Any) -> Any:
-        mine = any(inputs.get(name) is cache for name in _CACHES)
-        return graph.step(inputs) if mine and not args and graph.takes(inputs) else forward(*args, **inputs)
+        for mine in active:
+            if not args and any(inputs.get(name) is mine.cache for name in _CACHES) and mine.takes(inputs):
+                return mine.step(inputs)
+        return forward(*args, **inputs)
 
     own = "forward" in model.__dict__
     model.forward = stepped
     try:
         yield graph
     finally:
-        if own:
-            model.forward = forward
-        else:
-            del model.forward
+        active.clear()  # another thread's generate may have wrapped this wrapper, which then passes everything on
+        if model.__dict__.get("forward") is stepped:
+            if own:
+                model.forward = forward
+            else:
+                del model.forward
 
 
 def _can_graph(model: Any, cache: SpectralCache) -> bool:

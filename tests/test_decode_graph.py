@@ -163,6 +163,27 @@ def test_repeated_steps_are_the_steps(
         assert graph.captures <= 2 and graph.replays >= 145
 
 
+def test_generations_that_overlap_leave_the_model_as_it_was(engine: SpectralQuantEngine, llama: PreTrainedModel, doubles: list[Capture]) -> None:
+    """As two threads may have them: the first ends inside the second. Steps of a cache that is done go to the model."""
+    one, other = engine.cache(llama), engine.cache(llama)
+    ids = torch.randint(3, 99, (1, 40))
+    first, second = graphed_steps(llama, one), graphed_steps(llama, other)
+    first.__enter__(), second.__enter__()
+    with torch.no_grad():
+        for cache in (one, other):
+            llama(ids, past_key_values=cache)
+        first.__exit__(None, None, None)
+        for _ in range(3):
+            for cache in (one, other):
+                llama(input_ids=ids[:, :1], past_key_values=cache)
+    second.__exit__(None, None, None)
+    assert doubles[0].captures == 0 and doubles[1].captures == 1 and one.get_seq_length() == other.get_seq_length() == 43
+    with torch.no_grad():
+        llama(input_ids=ids[:, :1], past_key_values=other)
+    assert doubles[1].replays == 2
+    llama.__dict__.pop("forward", None)  # what is left passes everything on
+
+
 def test_a_prefix_serves_follow_ups_by_graphs(engine: SpectralQuantEngine, llama: PreTrainedModel, tokenizer: TinyTokenizer, doubles: list[Capture]) -> None:
     prefix = engine.compress_prefill(llama, tokenizer, torch.randint(3, 99, (400,)).tolist())
     question = torch.randint(3, 99, (1, 9))
