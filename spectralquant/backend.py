@@ -17,7 +17,7 @@ from spectralquant.kernels.compiler import arch_of, find_obstacle
 MIN_CAPABILITY = (8, 0)
 """Of the kernels: 16-byte asynchronous copies and mma.m16n8k16 came with it."""
 
-KERNELS: dict[str, bool] = {"decode attention": True, "encoding": True, "dense decode": False}
+KERNELS: dict[str, bool] = {"decode attention": True, "encoding": True, "dense decode": True}
 """Feature -> whether it runs on a CUDA kernel where the backend is "cuda"; the others run on the reference everywhere."""
 
 _log = logging.getLogger("spectralquant")

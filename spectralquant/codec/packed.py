@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from spectralquant.codec.codec import LayerCodec
-from spectralquant.codec.layout import UNIT, unpack_gains, unpack_planes
+from spectralquant.codec.layout import UNIT
+from spectralquant.codec.units import unpack_units
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +83,10 @@ class PackedKV:
     def _decode(self, which: str, first: int, last: int) -> Tensor:
         """Slots first .. last - 1 (multiples of 128) decoded, [B, H, last - first, D] float32."""
         records = self.records[:, :, first // UNIT : last // UNIT]
-        key, key_gain, value, value_gain = self.codec.layout.split(records)
+        planes, gains = unpack_units(self.codec.layout, records, which, self.kernels)
         if which == "value":
-            return self.codec.decode_values(unpack_planes(value, which).flatten(2, 3), unpack_gains(value_gain).flatten(2))
-        slots = torch.arange(first, last, device=records.device)
-        return self.codec.decode_keys(unpack_planes(key, which).flatten(2, 3), unpack_gains(key_gain).flatten(2), slots, self.start)
+            return self.codec.place_values(self.codec.value.scaled(planes, gains))
+        return self.codec.place_keys(self.codec.key.scaled(planes, gains), torch.arange(first, last, device=records.device), self.start)
 
 
 class LazyKV(torch.Tensor):

@@ -1,4 +1,4 @@
-"""Keys and values into packed units: by the CUDA kernels where they can, by PyTorch everywhere else."""
+"""Keys and values into packed units, and units into planes: by the CUDA kernels where they can, by PyTorch everywhere else."""
 
 from functools import cache
 
@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from spectralquant.codec.codec import LayerCodec
+from spectralquant.codec.decode_cuda import plan_unpack
 from spectralquant.codec.encode_cuda import FusedEncoder, can_encode
-from spectralquant.codec.layout import UNIT, pack_planes
+from spectralquant.codec.layout import UNIT, RecordLayout, gain_values, pack_planes, unpack_gains, unpack_planes
 
 
 def encode_units(codec: LayerCodec, keys: Tensor, values: Tensor, first: int, start: Tensor, records: Tensor, kernels: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,6 +34,24 @@ def encode_units(codec: LayerCodec, keys: Tensor, values: Tensor, first: int, st
     key_codes.copy_(pack_planes(planes.unflatten(2, (-1, UNIT)), "key"))
     value_codes.copy_(pack_planes(value_planes.unflatten(2, (-1, UNIT)), "value"))
     return gains, value_gains, codec.relative_error(codec.key.error(centred, planes, gains))
+
+
+def unpack_units(layout: RecordLayout, records: Tensor, which: str, kernels: bool) -> tuple[Tensor, Tensor]:
+    """Planes [B, H, U * 128, P] uint8 and gains [B, H, U * 128] float32 (0: masked) of one side, in token order.
+
+    Args:
+        layout: Of the records.
+        records: [B, H, U, record_bytes] uint8, a part of a contiguous store.
+        which: "key" or "value".
+        kernels: Whether CUDA kernels may do it.
+    """
+    if kernels:
+        launch = plan_unpack(layout, records, which)
+        launch.run()
+        return launch.planes, launch.gains
+    key, key_gain, value, value_gain = layout.split(records)
+    codes, gains = (key, key_gain) if which == "key" else (value, value_gain)
+    return unpack_planes(codes, which).flatten(2, 3), gain_values(unpack_gains(gains).flatten(2))
 
 
 @cache

@@ -9,7 +9,9 @@ import torch
 from host_kernels import compile_for_host
 from torch import Tensor
 
+from spectralquant.codec.decode_cuda import UnpackLaunch
 from spectralquant.codec.layout import RecordLayout, gain_values, unpack_gains, unpack_planes
+from spectralquant.codec.units import unpack_units
 from spectralquant.kernels.compiler import compile_cubin, load
 from spectralquant.kernels.sources import SOURCES
 
@@ -69,6 +71,36 @@ def test_dense_on_the_host(key: int, value: int, is_key: int, tmp_path: Path) ->
     for function, out, threads in ((library.planes, planes, want_planes.numel() // 64), (library.gains, gains, want_gains.numel())):
         function(c_uint(grid_for(threads)), c_uint(BLOCK), c_void_p(records.data_ptr()), c_void_p(out.data_ptr()), *sizes)
     check(planes, gains, want_planes, want_gains)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("which", ["key", "value"])
+def test_unpack_units_by_kernels_is_the_reference(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is launched, run on the host: units in the middle of a store, several sequences and heads."""
+    layout = RecordLayout(80, 96)
+    store = torch.randint(0, 256, (2, 3, 6, layout.record_bytes), dtype=torch.uint8)
+
+    def run(launch: UnpackLaunch) -> None:
+        library = compile_for_host("dense.cu", launch.definitions, LAUNCHERS, tmp_path)
+        for (_, out, threads, sizes), function in zip(launch.parts(), (library.planes, library.gains), strict=True):
+            pointers = (c_void_p(launch.records.data_ptr()), c_void_p(out.data_ptr()))
+            function(c_uint(grid_for(threads)), c_uint(BLOCK), *pointers, *map(c_longlong, sizes))
+
+    monkeypatch.setattr(UnpackLaunch, "run", run)
+    records = store[:, :, 1:4]
+    got, want = (unpack_units(layout, records, which, kernels) for kernels in (True, False))
+    assert torch.equal(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.gpu
+def test_unpack_units_on_the_device() -> None:
+    layout = RecordLayout(80, 96)
+    records = torch.randint(0, 256, (2, 3, 6, layout.record_bytes), dtype=torch.uint8, device="cuda")[:, :, 1:4]
+    for which in ("key", "value"):
+        got, want = (unpack_units(layout, records, which, kernels) for kernels in (True, False))
+        assert torch.equal(got[0], want[0])
+        torch.testing.assert_close(got[1], want[1], rtol=1e-6, atol=0)
 
 
 @pytest.mark.gpu
