@@ -37,10 +37,14 @@ class Asked:
     groups: int
     softcap: float | None
 
-    def logits(self, keys: Tensor) -> Tensor:
-        """keys [W, H, T, D] -> [W, H, G * n, T]."""
-        logits = self.queries @ keys.float().mT
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+    def mass(self, keys: Tensor, hidden: Tensor) -> Tensor:
+        """log of the sum of exp over keys [W, H, T, D] that are not `hidden` (bool, broadcast against [W, H, G * n, T]), [W, H, G * n]."""
+        return _logits(self.queries, keys, self.softcap).masked_fill(hidden, -torch.inf).logsumexp(-1)
+
+
+def _logits(queries: Tensor, keys: Tensor, softcap: float | None) -> Tensor:
+    logits = queries @ keys.float().mT
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +65,10 @@ class QueryRecorder:
         heads, new, total = key.shape[1], query.shape[2], key.shape[2]
         places = torch.linspace(0, new - 1, min(QUERIES, new), device=key.device).long()
         states = (query[:, :, places].float() * scale).unflatten(1, (heads, -1))  # [W, H, G, n, D]
-        asked = Asked(states.flatten(2, 3), states.new_empty(0), states.shape[2], softcap)
         hidden = torch.arange(total, device=key.device) > (total - new + places)[:, None]
-        seen = asked.logits(key).unflatten(2, (-1, len(places))).masked_fill(hidden, -torch.inf).logsumexp(-1)
-        self.asked[index] = Asked(asked.queries, seen.flatten(2), asked.groups, softcap)
+        logits = _logits(states.flatten(2, 3), key, softcap).unflatten(2, (-1, len(places)))
+        seen = logits.masked_fill(hidden, -torch.inf).logsumexp(-1).flatten(2)
+        self.asked[index] = Asked(states.flatten(2, 3), seen, states.shape[2], softcap)
 
 
 def missing_mass(asked: Asked, keys: Tensor, decoded: Tensor, coded: Tensor) -> Tensor:
@@ -78,7 +82,7 @@ def missing_mass(asked: Asked, keys: Tensor, decoded: Tensor, coded: Tensor) -> 
     if not coded.any():
         return torch.zeros(keys.shape[1], asked.groups)
     hidden = ~coded[:, None, None]
-    true, got = (asked.logits(x).masked_fill(hidden, -torch.inf).logsumexp(-1) for x in (keys, decoded))
+    true, got = (asked.mass(x, hidden) for x in (keys, decoded))
     share = (true - asked.seen).exp().clamp_max(1.0)  # 0 in windows without coded tokens
     weight = share * (1 - share)
     lack = torch.where(weight > 0, true - got, 0.0) * weight

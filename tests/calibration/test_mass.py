@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import tiny_model
+from torch import Tensor
 
 from spectralquant.calibration.mass import Asked, QueryRecorder, missing_mass
 from spectralquant.calibration.recording import RECORDER, recording
@@ -13,8 +14,13 @@ W, H, G, N, T, D = 2, 2, 3, 5, 40, 8
 def asked(keys: torch.Tensor, softcap: float | None = None, rest: float = 2.0) -> Asked:
     """Random queries that see `keys` [W, H, T, D] and one more key of logit `rest`."""
     queries = torch.randn(W, H, G * N, D)
-    plain = Asked(queries, torch.empty(0), G, softcap)
-    return Asked(queries, torch.cat([plain.logits(keys), torch.full((W, H, G * N, 1), rest)], -1).logsumexp(-1), G, softcap)
+    return Asked(queries, with_rest(queries, keys, softcap, rest), G, softcap)
+
+
+def with_rest(queries: Tensor, keys: Tensor, softcap: float | None, rest: float) -> Tensor:
+    logits = queries @ keys.mT
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    return torch.cat([logits, torch.full((*logits.shape[:-1], 1), rest)], -1).logsumexp(-1)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -46,9 +52,7 @@ def test_missing_mass_of_gaussian_errors() -> None:
     keys = decoded + 0.5 * torch.randn_like(decoded)
     some = asked(keys, rest=8.0)
     queries = 1.2 * some.queries / some.queries.norm(dim=-1, keepdim=True)
-    plain = Asked(queries, torch.empty(0), G, None)
-    seen = torch.cat([plain.logits(keys), torch.full((W, H, G * N, 1), 8.0)], -1).logsumexp(-1)
-    got = missing_mass(Asked(queries, seen, G, None), keys, decoded, torch.ones(W, 4000, dtype=torch.bool))
+    got = missing_mass(Asked(queries, with_rest(queries, keys, None, 8.0), G, None), keys, decoded, torch.ones(W, 4000, dtype=torch.bool))
     assert torch.allclose(got, torch.tensor(0.5 * 0.25 * 1.44), atol=0.02)
 
 
