@@ -79,7 +79,7 @@ class DecodeGraph:
             segment.ahead = AHEAD
             segment.pack_ready()
         self._fill(inputs, segments)
-        seen = (tuple(t.data_ptr() for s in segments for t in s.tensors()), tuple((k, t.data_ptr()) for k, t in self._inputs.items()))
+        seen = (tuple(t.data_ptr() for s in segments for t in s.read()), tuple((k, t.data_ptr()) for k, t in self._inputs.items()))
         self._moved = self._moved + 1 if seen != self._seen else 0
         if seen != self._seen:
             self._graph = None

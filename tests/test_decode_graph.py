@@ -163,6 +163,16 @@ def test_repeated_steps_are_the_steps(
         assert graph.captures <= 2 and graph.replays >= 145
 
 
+def test_a_step_is_captured_once_in_a_thousand_tokens(engine: SpectralQuantEngine, llama: PreTrainedModel, doubles: list[Capture]) -> None:
+    cache, ids = engine.cache(llama), torch.randint(3, 99, (1, 300))
+    with torch.no_grad(), graphed_steps(llama, cache) as graph:
+        assert graph is not None
+        llama(ids, past_key_values=cache)
+        for i in range(600):
+            llama(input_ids=ids[:, i % 300 : i % 300 + 1], past_key_values=cache)
+    assert cache.get_seq_length() == 900 and graph.captures <= 3 and graph.replays >= 590
+
+
 def test_generations_that_overlap_leave_the_model_as_it_was(engine: SpectralQuantEngine, llama: PreTrainedModel, doubles: list[Capture]) -> None:
     """As two threads may have them: the first ends inside the second. Steps of a cache that is done go to the model."""
     one, other = engine.cache(llama), engine.cache(llama)
@@ -202,23 +212,35 @@ def engine_on_gpu(dtype: torch.dtype, **config: Any) -> tuple[SpectralQuantEngin
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}], ids=["greedy", "beams", "sampling"])
-def test_generate_is_the_same_with_and_without_graphs(dtype: torch.dtype, options: dict[str, Any]) -> None:
-    plain, model = engine_on_gpu(dtype, cuda_graphs=False)
-    graphed = SpectralQuantEngine()
-    graphed._add(plain.profile_of(model))
-    ids = torch.randint(3, 99, (2, 300), device="cuda")
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-3), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("padding", [0, 37])
+def test_logits_are_the_same_with_and_without_graphs(dtype: torch.dtype, error: float, padding: int) -> None:
+    """Given tokens, over several blocks that leave the window. Stores of other sizes split the kernel's work elsewhere, so roundings differ."""
+    engine, model = engine_on_gpu(dtype)
+    ids = torch.randint(3, 99, (2, 700), device="cuda")
     mask = torch.ones_like(ids)
-    mask[1, :37] = 0
-    out = []
-    for engine in (plain, graphed):
-        torch.manual_seed(5)
-        out.append(
-            model.generate(ids, attention_mask=mask, past_key_values=engine.cache(model), max_new_tokens=300, min_new_tokens=300, pad_token_id=0, **options)
-        )
-    same = (out[0] == out[1]).float().mean()
-    assert same == 1 or (dtype == torch.bfloat16 and options)  # the same kernels in the same order
+    mask[1, :padding] = 0
+    position = (mask.cumsum(-1) - 1).clamp_min(0)
+    plain, cache = engine.cache(model), engine.cache(model)
+    with torch.no_grad(), graphed_steps(model, cache) as graph:
+        assert graph is not None
+        for each in (plain, cache):
+            each.set_padding(mask)
+            model(ids[:, :300], attention_mask=mask[:, :300], position_ids=position[:, :300], past_key_values=each)
+        for i in range(300, 700):
+            step = {"input_ids": ids[:, i : i + 1], "attention_mask": mask[:, : i + 1], "position_ids": position[:, i : i + 1]}
+            want, got = (model(**step, past_key_values=each).logits.float() for each in (plain, cache))
+            assert (got - want).norm() < error * want.norm(), i
+    assert graph.replays > 390
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True}], ids=str)
+def test_generate_on_the_device(options: dict[str, Any]) -> None:
+    engine, model = engine_on_gpu(torch.bfloat16)
+    ids = torch.randint(3, 99, (2, 300), device="cuda")
+    out = model.generate(ids, past_key_values=engine.cache(model), max_new_tokens=150, min_new_tokens=150, pad_token_id=0, **options)
+    assert out.shape == (2, 450) and torch.equal(out[:, :300], ids)
 
 
 @pytest.mark.gpu

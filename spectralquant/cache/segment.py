@@ -74,9 +74,12 @@ class Segment:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor whose storage this segment holds (the codec's constants are counted apart)."""
+        return [*self.read(), self.secondary]
+
+    def read(self) -> list[Tensor]:
+        """The tensors that attention reads, and those that `append` writes."""
         return [
-            self.records, self.recent_keys, self.recent_values,
-            self.exact_keys, self.exact_values, self.exact_slots, self.secondary, self.start, self.lengths,
+            self.records, self.recent_keys, self.recent_values, self.exact_keys, self.exact_values, self.exact_slots, self.start, self.lengths,
         ]  # fmt: skip
 
     def update(self, keys: Tensor, values: Tensor) -> PackedKV | None:
@@ -241,7 +244,7 @@ class Segment:
 
     def map_batch(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn`, which picks rows of dimension 0 and returns new storage, to every tensor."""
-        self.records, self.recent_keys, self.recent_values, self.exact_keys, self.exact_values, self.exact_slots, self.secondary, self.start, self.lengths = (
+        self.records, self.recent_keys, self.recent_values, self.exact_keys, self.exact_values, self.exact_slots, self.start, self.lengths, self.secondary = (
             fn(t) for t in self.tensors()
         )
         self._padding = None
