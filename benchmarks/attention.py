@@ -14,7 +14,6 @@ mean square against float64 attention over the decoded cache; `sdpa_error` is th
 
 import argparse
 import platform
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from calibration import without_folders
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -66,18 +66,24 @@ def shapes(quick: bool) -> list[Shape]:
     return main + [Shape(batch, context, **kind) for kind in other for batch, context in ((1, 131_072), (8, 32_768))]
 
 
-def make_codec(shape: Shape, device: torch.device) -> LayerCodec:
-    """A codec of made-up spectra: its constants have the shapes of real ones."""
+def made_up_sides(heads: int, dim: int) -> tuple[SideProfile, SideProfile]:
+    """K and V of a layer whose spectra fall by e^4."""
     make = torch.Generator().manual_seed(0)
-    heads, dim = shape.heads, shape.dim
 
     def side() -> SideProfile:
         basis = torch.linalg.qr(torch.randn(heads, dim, dim, generator=make))[0]
         variance = torch.exp(-4.0 * torch.arange(dim) / dim).expand(heads, dim)
         return SideProfile(torch.randn(heads, dim, generator=make), basis, variance.contiguous())
 
+    return side(), side()
+
+
+def make_codec(shape: Shape, device: torch.device) -> LayerCodec:
+    """A codec of made-up spectra: its constants have the shapes of real ones."""
+    heads, dim = shape.heads, shape.dim
+    key, value = made_up_sides(heads, dim)
     rotary = Rotary(1e6 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))) if shape.anchored else None
-    layer = LayerProfile(side(), side(), torch.ones(heads), 10.0, rotary)
+    layer = LayerProfile(key, value, torch.ones(heads), 10.0, rotary)
     return build_codec(Profile({0: layer}, Choices(planes_first=True), {}, {}), PRESETS[shape.preset], Dials(), device, "uniform")[0]
 
 
@@ -209,7 +215,7 @@ def main() -> None:
     device = torch.device("cuda", 0)
     bandwidth = copy_bandwidth(device)
     document: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/attention.py", *(re.sub("^/.*/", "", a) for a in sys.argv[1:])]),
+        "command": " ".join(["python benchmarks/attention.py", *map(without_folders, sys.argv[1:])]),
         "card": torch.cuda.get_device_name(device),
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "cuda-core")}, "cuda": torch.version.cuda},
         "copy_bytes_per_s": bandwidth,

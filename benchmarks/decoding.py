@@ -15,7 +15,6 @@ records of the usual size. Everything goes through `model.generate`, the whole s
 
 import argparse
 import platform
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +24,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from attention import made_up_sides
+from calibration import without_folders
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PretrainedConfig, Qwen2Config
 
@@ -36,7 +37,7 @@ from spectralquant.errors import ConfigError
 from spectralquant.evaluation.runner import write_json
 from spectralquant.follow_up import install_generate
 from spectralquant.presets import PRESETS
-from spectralquant.profile import Choices, LayerProfile, Profile, SideProfile
+from spectralquant.profile import Choices, LayerProfile, Profile
 from spectralquant.rope import Rotary
 
 PIECE = 4096
@@ -60,14 +61,7 @@ SHAPES: dict[str, PretrainedConfig] = {
 
 def made_up_profile(layers: int, heads: int, dim: int) -> Profile:
     """Spectra that fall by e^4, a rotation like Llama's, no exact tokens beyond the sinks."""
-    make = torch.Generator().manual_seed(0)
-
-    def side() -> SideProfile:
-        basis = torch.linalg.qr(torch.randn(heads, dim, dim, generator=make))[0]
-        variance = torch.exp(-4.0 * torch.arange(dim) / dim).expand(heads, dim)
-        return SideProfile(torch.randn(heads, dim, generator=make), basis, variance.contiguous())
-
-    key, value = side(), side()
+    key, value = made_up_sides(heads, dim)
     rotary = Rotary(THETA ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)))
     layer = LayerProfile(key, value, torch.full((heads,), float(dim)), 10.0, rotary)
     return Profile(dict.fromkeys(range(layers), layer), Choices(exact_below=0.0, exact_error=0.0), {}, {})
@@ -136,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     bench = Bench(SHAPES[args.shape], args.preset, device)
     document: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/decoding.py", *(re.sub("(^|=)/.*/", r"\1", a) for a in argv)]),
+        "command": " ".join(["python benchmarks/decoding.py", *map(without_folders, argv)]),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers")}},
         "shape": args.shape, "preset": args.preset, "new_tokens": args.tokens, "rows": [],

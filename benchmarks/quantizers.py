@@ -7,12 +7,12 @@ Errors are shares of the whole variance, mean over all heads of all layers. The 
 
 import argparse
 import json
-import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from calibration import without_folders
 
 from spectralquant.allocation import water_fill
 from spectralquant.codec.joint import JointPlanes, block_index, fit_codebooks
@@ -47,7 +47,7 @@ def main():
     args = parser.parse_args()
     profile = load_profile(args.calibration)
     result = {
-        "command": " ".join(["python benchmarks/quantizers.py", *(re.sub("(^|=)/.*/", r"\1", a) for a in sys.argv[1:])]),
+        "command": " ".join(["python benchmarks/quantizers.py", *map(without_folders, sys.argv[1:])]),
         "model": profile.model,
         "versions": {"torch": version("torch")},
         "rows": [],

@@ -37,14 +37,13 @@ class Asked:
     groups: int
     softcap: float | None
 
-    def mass(self, keys: Tensor, hidden: Tensor) -> Tensor:
-        """log of the sum of exp over keys [W, H, T, D] that are not `hidden` (bool, broadcast against [W, H, G * n, T]), [W, H, G * n]."""
-        return _logits(self.queries, keys, self.softcap).masked_fill(hidden, -torch.inf).logsumexp(-1)
 
-
-def _logits(queries: Tensor, keys: Tensor, softcap: float | None) -> Tensor:
+def _log_mass(queries: Tensor, keys: Tensor, softcap: float | None, hidden: Tensor) -> Tensor:
+    """log of the sum of exp over keys [W, H, T, D] that are not `hidden` (bool, broadcast against [W, H, G * n, T]), [W, H, G * n]."""
     logits = queries @ keys.float().mT
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits.masked_fill(hidden, -torch.inf).logsumexp(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +65,8 @@ class QueryRecorder:
         places = torch.linspace(0, new - 1, min(QUERIES, new), device=key.device).long()
         states = (query[:, :, places].float() * scale).unflatten(1, (heads, -1))  # [W, H, G, n, D]
         hidden = torch.arange(total, device=key.device) > (total - new + places)[:, None]
-        logits = _logits(states.flatten(2, 3), key, softcap).unflatten(2, (-1, len(places)))
-        seen = logits.masked_fill(hidden, -torch.inf).logsumexp(-1).flatten(2)
-        self.asked[index] = Asked(states.flatten(2, 3), seen, states.shape[2], softcap)
+        groups, queries = states.shape[2], states.flatten(2, 3)
+        self.asked[index] = Asked(queries, _log_mass(queries, key, softcap, hidden.repeat(groups, 1)), groups, softcap)
 
 
 def missing_mass(asked: Asked, keys: Tensor, decoded: Tensor, coded: Tensor) -> Tensor:
@@ -82,7 +80,7 @@ def missing_mass(asked: Asked, keys: Tensor, decoded: Tensor, coded: Tensor) -> 
     if not coded.any():
         return torch.zeros(keys.shape[1], asked.groups)
     hidden = ~coded[:, None, None]
-    true, got = (asked.mass(x, hidden) for x in (keys, decoded))
+    true, got = (_log_mass(asked.queries, x, asked.softcap, hidden) for x in (keys, decoded))
     share = (true - asked.seen).exp().clamp_max(1.0)  # 0 in windows without coded tokens
     weight = share * (1 - share)
     lack = torch.where(weight > 0, true - got, 0.0) * weight

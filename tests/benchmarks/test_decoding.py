@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from spectralquant.errors import ConfigError
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    for name in ("attention", "calibration", "calibration_report", "decoding"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module("decoding")
 
 
