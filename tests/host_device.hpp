@@ -104,7 +104,6 @@ static T from(const unsigned char (*box)[32], unsigned lane) {
 static void release() { meet(threadIdx.x / 32, 32); }
 static void __syncwarp() { meet(threadIdx.x / 32, 32); }
 static void __syncthreads() { meet(MOST / 32, blockDim.x); }
-static void __threadfence() {}
 
 template <class T>
 static T shuffled(T value, unsigned lane) {
@@ -124,7 +123,6 @@ static unsigned __ballot_sync(unsigned, int predicate) {
     return found;
 }
 static int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-static int atomicAdd(int* at, int by) { const int before = *at; *at += by; return before; }
 static int __ffs(unsigned x) { return __builtin_ffs((int)x); }
 static unsigned __float_as_uint(float x) { unsigned y; std::memcpy(&y, &x, 4); return y; }
 static float __uint_as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); return y; }

@@ -47,4 +47,14 @@ template <int PENDING> static void wait_copies() {}
 static Quad32 load_shared16(u32 address) { Quad32 v; std::memcpy(&v, shared + address, 16); return v; }
 static float load_global(const float* p) { return *p; }
 static Float4 load_global16(const float* p) { return *(const Float4*)p; }
+static int warp_sum(int x) {
+    for (int k = 16; k; k >>= 1) x += __shfl_xor_sync(FULL_WARP, x, k);
+    return x;
+}
+static int warp_max(int x) {
+    for (int k = 16; k; k >>= 1) x = max(x, __shfl_xor_sync(FULL_WARP, x, k));
+    return x;
+}
 static void store_global16(float* p, const Float4& v) { *(Float4*)p = v; }
+static void store_global(float* p, float v) { *p = v; }
+static int atomic_add_ordered(int* p, int x) { const int before = *p; *p += x; return before; }

@@ -13,6 +13,7 @@ _ATTEND = {
     "IS_BF16": 1,
     "USE_SOFTCAP": 0,
     "USE_SINKS": 0,
+    "COLUMNS": 1,
     "TRANSFORM_IN_SHARED": 1,
     "TABLE_IN_SHARED": 1,
 }
@@ -20,9 +21,9 @@ _ATTEND = {
 REPRESENTATIVE: dict[str, list[dict[str, int]]] = {
     "attend.cu": [
         _ATTEND,
-        {**_ATTEND, "D": 64, "CK": 4, "CV": 5, "CB": 2, "SPLIT_BIAS": 0, "FLOAT_QUERY": 1, "IS_BF16": 0},
-        {**_ATTEND, "D": 256, "CK": 17, "CV": 19, "TRANSFORM_IN_SHARED": 0, "TABLE_IN_SHARED": 0, "USE_SOFTCAP": 1, "IS_BF16": 0},
-        {**_ATTEND, "D": 80, "CK": 5, "CV": 6, "RUN": 0, "CB": 1, "USE_SINKS": 1},
+        {**_ATTEND, "COLUMNS": 2, "D": 64, "CK": 4, "CV": 5, "CB": 2, "SPLIT_BIAS": 0, "FLOAT_QUERY": 1, "IS_BF16": 0},
+        {**_ATTEND, "COLUMNS": 2, "D": 256, "CK": 17, "CV": 19, "TRANSFORM_IN_SHARED": 0, "TABLE_IN_SHARED": 0, "USE_SOFTCAP": 1, "IS_BF16": 0},
+        {**_ATTEND, "D": 80, "CK": 5, "CV": 6, "RUN": 0, "CB": 0, "SPLIT_BIAS": 0, "USE_SINKS": 1},
     ],
     "encode_scalar.cu": [{"D": 128, "PLANES": 128, "IS_KEY": 1, "GAIN": 2}, {"D": 80, "PLANES": 96, "IS_KEY": 0, "GAIN": 1}],
     "encode_joint.cu": [

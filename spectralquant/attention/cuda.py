@@ -19,8 +19,8 @@ from spectralquant.codec.layout import UNIT
 from spectralquant.codec.packed import PackedKV
 from spectralquant.kernels.compiler import load
 
-ROWS, THREADS = 8, 256
-"""Of a tensor-core tile of queries, and of a block; kernels/attend_shapes.cuh has the same."""
+THREADS = 256
+"""Of a block; kernels/attend_shapes.cuh has the same."""
 _LOG2E = 1.4426950408889634
 _SHARED_LIMIT = 227 * 1024
 _SPARE_RUNS = 64
@@ -79,9 +79,15 @@ class FusedAttention:
         return self._anchors[key]
 
 
+def rows_of(queries: int) -> tuple[int, int]:
+    """Rows of queries that the kernel takes at a time, and how many times, for the queries of one KV head (query heads times positions)."""
+    rows = 4 if queries <= 4 else 8
+    return rows, -(-queries // rows)
+
+
 def runs_of(kv: PackedKV, run: int) -> int:
-    """Entries that the kernel may read of a table of runs: two at a time, up to the store's last."""
-    return kv.records.shape[2] * UNIT // run + 2 if run else 1
+    """Entries that the kernel may read of a table of runs: four at a time, up to the store's last."""
+    return kv.records.shape[2] * UNIT // run + 4 if run else 1
 
 
 def anchor_table(constants: KernelConstants, runs: int, device: torch.device) -> Tensor:
@@ -108,8 +114,8 @@ class Workspace:
         """Elements of `partials` and `tickets` that attention of `query` [B, H G, Q, D] over `kv` needs."""
         batch, query_heads, positions, dim = query.shape
         heads = kv.raw_keys.shape[1]
-        partial = ROWS * (kv.codec.layout.value_planes + dim + 3)
-        return blocks * 2 * partial, heads * -(-(query_heads // heads) * positions // ROWS) * batch
+        rows, row_groups = rows_of(query_heads // heads * positions)
+        return blocks * 2 * rows * (dim + 2), heads * row_groups * batch
 
     @classmethod
     def make(cls, partials: int, tickets: int, blocks: int, device: torch.device) -> "Workspace":
@@ -148,6 +154,7 @@ def plan_launch(
     batch, query_heads, positions, dim = query.shape
     heads = kv.raw_keys.shape[1]
     groups = query_heads // heads
+    rows, row_groups = rows_of(groups * positions)
     softcapped, float_query = softcap is not None, query.dtype == torch.float32
     definitions = {
         **constants.definitions,
@@ -155,6 +162,7 @@ def plan_launch(
         "IS_BF16": int(kv.exact_keys.dtype == torch.bfloat16),
         "USE_SOFTCAP": int(softcapped),
         "USE_SINKS": int(sinks is not None),
+        "COLUMNS": rows // 4,
     }
     definitions |= _placement(definitions)
     out = query.new_empty((batch, positions, query_heads, dim))
@@ -169,6 +177,7 @@ def plan_launch(
         workspace.partials, workspace.tickets,
         *(query.stride(i) for i in range(3)),
         *(np.int32(x) for x in (batch, heads, groups, positions, kv.records.shape[2], kv.exact_slots.shape[1], raw[0].stride(1) // dim)),
+        np.int32(row_groups), np.int32(workspace.blocks // (heads * row_groups)),
         np.int32(constants.rotary_pairs), np.int32(constants.interleaved), np.float32(factor), np.float32(softcap or 0.0),
     )  # fmt: skip
     return Launch(definitions, arguments, workspace.blocks, shared_bytes(definitions), out)
@@ -192,11 +201,11 @@ def _placement(definitions: dict[str, int]) -> dict[str, int]:
 def shared_bytes(definitions: dict[str, int]) -> int:
     """Dynamic shared memory of a block: `Shared` in kernels/attend_shapes.cuh."""
     d = definitions
-    dim, planes, copies = d["D"], d["CV"] * 16, 1 + d["SPLIT_BIAS"]
-    partial = 4 * ROWS * (planes + dim + 3)
+    dim, rows, mean_chunks = d["D"], 4 * d["COLUMNS"], d["CB"] + d["SPLIT_BIAS"]
+    state = 4 * rows * (d["CV"] * 16 + dim + 3)
     record = (d["CK"] + d["CV"]) * 512 + 2 * UNIT
-    transform = (d["CK"] + d["CB"] * copies) * dim // 16 * 512 if d["TRANSFORM_IN_SHARED"] else 16
-    table = (d["RUN"] // 16 or 1) * d["CB"] * copies * 512 if d["TABLE_IN_SHARED"] else 16
-    fixed = 4 * ROWS * (dim + 16) + dim // 16 * 2 * 32 * 8 + 4 * ROWS + 4 * 8 * ROWS + partial + 4
-    total = transform + table + 8 * (-(-max(record, partial, 16 * ROWS * THREADS // 8) // 16) * 16) + fixed
+    transform = (d["CK"] + mean_chunks) * dim // 16 * 512 if d["TRANSFORM_IN_SHARED"] else 16
+    table = max(d["RUN"] // 16 * mean_chunks * 512, 16) if d["TABLE_IN_SHARED"] else 16
+    fixed = 4 * rows * (dim + 16) + dim // 16 * 2 * 32 * 8 + 8 * rows + 4 * 8 * rows + max(state, 8 * (d["CK"] + mean_chunks + 1) * 256) + 4
+    total = transform + table + 8 * (-(-max(record, state, 16 * rows * THREADS // 8) // 16) * 16) + fixed
     return -(-total // 128) * 128

@@ -6,6 +6,9 @@ With q' a query in the frame of a run, W the decode matrix of K and G = [mean R(
 
 so the kernel maps q' once per run to planes and to the rank of G, by one matrix [W^T, A], and adds products with columns of B to its scores. Queries come as
 rotary pairs: row 16 k + i of the matrix is the lower coordinate of pair 8 k + i for i < 8, the upper one of pair 8 k + i - 8 beyond.
+
+Components of G are in order of what they do to scores. Only the first 16 may be large; where they are, both factors and the queries are sums of two
+float16 numbers. In the plain frame G is one column, the mean itself, whose score the kernel computes in float32.
 """
 
 import math
@@ -21,7 +24,8 @@ from spectralquant.errors import BackendError
 RANK_TOLERANCE = 2.0**-18
 """Singular values of the offsets' curves below this share of the largest are left out: finer than what two float16 numbers hold of the largest."""
 SPLIT_ABOVE = 0.25
-"""Mean scores beyond this size, in logits, are computed in twice the precision of float16: their error is common to a key's neighbours, and large."""
+"""Where mean scores are beyond this size, in logits, their first 16 components are computed in twice the precision of float16: keys of some models have
+biases of hundreds of logits. Of what is left, a few logits at most, float16 loses less than a thousandth."""
 _HALF_MAX = 2.0**14
 
 
@@ -30,8 +34,8 @@ class KernelConstants:
     """Constants of one layer on the device of its codec.
 
     Attributes:
-        transform: [H, (CK + CB (1 + split)) D / 16, 32, 8] float16, B fragments.
-        table: [H, (1 + split) tiles CB, 32, 8] float16, A fragments.
+        transform: [H, (CK + CB + split) D / 16, 32, 8] float16, B fragments; last, when split, the low halves of the first chunk of the mean.
+        table: [H, tiles (CB + split), 32, 8] float16, A fragments, tiles of 16 offsets in a run, low halves last. Plain frame: the mean, [H, D] float32.
         scales: [H, 2] float32: of the scores, and of the mean relative to them.
         value_rows: [H, P_V, D] float32.
         value_mean: [H, D] float32.
@@ -72,23 +76,19 @@ def build_constants(codec: LayerCodec) -> KernelConstants:
     interleaved = frame is not None and frame.rotary.interleaved
     order = _pair_order(dim, pairs, interleaved)
     planes = codec.key.decode_matrix.cpu().double().mT[:, order]  # [H, D, P]
-    slots = torch.arange(run or 16)
-    mean = codec.key_mean(slots.to(codec.key.mean.device)).cpu().double().expand(-1, len(slots), -1).mT[:, order]  # [H, D, run]
-    right = offset_basis(tuple(rates.tolist()), run).expand(len(mean), -1, -1) if run else torch.full((len(mean), 1, len(slots)), len(slots) ** -0.5)
-    left, right = _pad_rank(mean @ right.double().mT, right.double())
-    size = (codec.key.mean.double() @ codec.key.encode_matrix.double() * codec.key.scale.double()).norm(dim=-1).max()
-    split = int(size > SPLIT_ABOVE)
-    plane_scale, mean_scale = _power_of_two(planes.norm(dim=1)), _power_of_two(left.norm(dim=1))
-    plane_scale = torch.maximum(plane_scale, mean_scale / _HALF_MAX)
-    columns = torch.cat([planes / plane_scale[:, None, None], *_halves(left / mean_scale[:, None, None], split)], -1)
-    tokens = torch.cat([_a_fragments(part.mT) for part in _halves(right, split)], 1)
+    plane_scale, mean_scale = _power_of_two(planes.norm(dim=1)), torch.ones(len(planes), dtype=torch.float64)
+    split, rank, columns, table = 0, 0, [], codec.key.mean.float().contiguous()
+    if run:
+        left, right, size = _mean_factors(codec, rates, run)
+        split, rank, mean_scale = int(size > SPLIT_ABOVE), left.shape[-1] // 16, _power_of_two(left.norm(dim=1))
+        plane_scale = torch.maximum(plane_scale, mean_scale / _HALF_MAX)
+        columns = _with_low_halves(left[:, order] / mean_scale[:, None, None], split)
+        table = _a_fragments(torch.cat(_with_low_halves(right, split), -1))
     device = codec.key.mean.device
-    definitions = {
-        "D": dim, "CK": planes.shape[-1] // 16, "CV": codec.layout.value_planes // 16, "CB": left.shape[-1] // 16, "RUN": run, "SPLIT_BIAS": split,
-    }  # fmt: skip
+    definitions = {"D": dim, "CK": planes.shape[-1] // 16, "CV": codec.layout.value_planes // 16, "CB": rank, "RUN": run, "SPLIT_BIAS": split}
     return KernelConstants(
-        _b_fragments(columns).to(device),
-        tokens.contiguous().to(device),
+        _b_fragments(torch.cat([planes / plane_scale[:, None, None], *columns], -1)).to(device),
+        table.to(device),
         torch.stack([plane_scale, mean_scale / plane_scale], -1).float().contiguous().to(device),
         codec.value.decode_matrix.float().contiguous(),
         codec.value.mean.float().contiguous(),
@@ -125,10 +125,19 @@ def offset_basis(rates: tuple[float, ...], run: int) -> Tensor:
     return v[s > RANK_TOLERANCE * s[0]]
 
 
-def _pad_rank(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """left [H, D, R], right [H, R, n] with R filled up to a multiple of 16."""
-    missing = -left.shape[-1] % 16
-    return torch.nn.functional.pad(left, (0, missing)), torch.nn.functional.pad(right, (0, 0, 0, missing))
+def _mean_factors(codec: LayerCodec, rates: Tensor, run: int) -> tuple[Tensor, Tensor, float]:
+    """A [H, D, R] and B^T [H, run, R] of the mean over a run, R a multiple of 16, columns in order of their part in the scores, and the size of the mean
+    of the head where it is largest, in logits."""
+    basis = offset_basis(tuple(rates.tolist()), run)
+    mean = codec.key_mean(torch.arange(run, device=codec.key.mean.device)).cpu().double().expand(-1, run, -1).mT  # [H, D, run]
+    left = mean @ basis.mT
+    metric = codec.key.encode_matrix.cpu().double() * codec.key.scale.cpu().double()[:, None]
+    in_logits = metric.mT @ left
+    turn = torch.linalg.eigh(in_logits.mT @ in_logits).eigenvectors.flip(-1)
+    size = (codec.key.mean.cpu().double()[:, None] @ metric).norm(dim=-1).max()
+    missing = -len(basis) % 16
+    pad = torch.nn.functional.pad
+    return pad(left @ turn, (0, missing)), pad(basis.mT @ turn, (0, missing)), float(size)
 
 
 def _power_of_two(norms: Tensor) -> Tensor:
@@ -136,9 +145,10 @@ def _power_of_two(norms: Tensor) -> Tensor:
     return 2.0 ** norms.amax(-1).clamp_min(1e-30).log2().ceil()
 
 
-def _halves(x: Tensor, split: int) -> list[Tensor]:
-    """x, or x as the sum of a float16 number and the rest."""
-    return [x.half().double(), x - x.half().double()] if split else [x]
+def _with_low_halves(x: Tensor, split: int) -> list[Tensor]:
+    """x [..., R] and, when split, what float16 leaves of its first 16 columns."""
+    first = x[..., :16]
+    return [x, first - first.half().double()] if split else [x]
 
 
 def _b_fragments(matrix: Tensor) -> Tensor:

@@ -3,9 +3,8 @@
 //   out_n = (sum_t p_nt v_t) / sum_t p_nt,   p_nt = exp(q_n . k_t),   v_t and k_t coded (docs/maths.md, section 7) or 16-bit
 //
 // Rows n are the queries that read one KV head: G query heads times Q positions, in groups of 8, the width of a tensor-core tile. Work is counted in
-// STEPS of one warp: a packed unit of 128 tokens, or 32 exact ones. The steps of all heads form one line, in order of KV head, row group and sequence,
-// and every block of threads takes an equal stretch of it, whatever the lengths, which are read from device memory. A stretch that covers a head only in
-// part leaves a partial result; the last block of a head to arrive joins them in order of blocks, so results do not depend on who was last.
+// STEPS of one warp: a packed unit of 128 tokens, or 32 exact ones. Steps are shared out over blocks by lengths in device memory (attend_schedule.cuh). Where
+// several blocks share a sequence, each leaves a partial result; the last one to arrive joins them in order of blocks, so results do not depend on who it was.
 //
 // Codes never become numbers: masking a word of a record gives two fp16 subnormals c 4^j 2^-24, which are exact operands for the tensor core. Scores
 // have tokens as rows of A and the queries, mapped to the planes, as B. Sums of values have planes as rows and probabilities as B; they stay in plane
@@ -25,7 +24,7 @@ __device__ __forceinline__ void load_constants(const Arguments& a, int head, Sha
     for (int i = threadIdx.x; i < TRANSFORM_BYTES / 16; i += THREADS) copy16_async(shared_address(sm.transform) + i * 16, transform + i);
 #endif
 #if TABLE_IN_SHARED
-    const Quad32* table = a.table + (i64)head * (TABLE_BYTES / 16);
+    const Quad32* table = (const Quad32*)a.table + (i64)head * (TABLE_BYTES / 16);
     for (int i = threadIdx.x; i < TABLE_BYTES / 16; i += THREADS) copy16_async(shared_address(sm.table) + i * 16, table + i);
 #endif
     commit_copies();
@@ -34,21 +33,19 @@ __device__ __forceinline__ void load_constants(const Arguments& a, int head, Sha
 // Sequences of no tokens get zeros.
 __device__ void clear_empty(const Arguments& a) {
     const i64 size = (i64)a.positions * a.heads * a.groups * D;
+#pragma unroll 1
     for (int b = blockIdx.x; b < a.batch; b += gridDim.x)
         if (a.lengths[2 * b] + a.lengths[2 * b + 1] == 0)
+#pragma unroll 1
             for (i64 i = threadIdx.x; i < size; i += THREADS) write_out(a, b * size + i, 0.f);
 }
 
 __device__ void attend_stretches(const Arguments& a, Shared& sm) {
     const int warp = threadIdx.x >> 5;
-    const int row_groups = (a.groups * a.positions + ROWS - 1) / ROWS, per_item = steps_per_item(a);
-    const i64 total = (i64)per_item * a.heads * row_groups;
-    const int share = (int)((total + gridDim.x - 1) / gridDim.x);
-    const i64 end = min((i64)(blockIdx.x + 1) * share, total);
+    Schedule schedule = make_schedule(a);
+    Stretch s;
     int loaded = -1;
-    for (i64 line = (i64)blockIdx.x * share; line < end;) {
-        Stretch s = locate(a, line, per_item, row_groups);
-        s.last = s.first + (int)min(end - line, (i64)(s.count - s.first));
+    while (next_stretch(a, schedule, s)) {
         const int steps = s.last - s.first, from = s.first + steps * warp / WARPS, to = s.first + steps * (warp + 1) / WARPS, end_packed = min(to, s.units);
         if (s.head != loaded) load_constants(a, loaded = s.head, sm);
         start_records(a, s, sm, from, end_packed);
@@ -62,9 +59,8 @@ __device__ void attend_stretches(const Arguments& a, Shared& sm) {
         __syncwarp();
         write_state(st, (float*)sm.slots[warp]);
         __syncthreads();
-        leave(a, s, sm, line, share, row_groups);
+        leave(a, s, sm);
         __syncthreads();
-        line += steps;
     }
 }
 
@@ -79,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(
     const int* lengths,
     const i64* start,
     const Quad32* transform,
-    const Quad32* table,
+    const void* table,
     const float* scales,
     const Float4* anchors,
     const Float4* turns,
@@ -100,6 +96,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(
     int units,
     int exact,
     int raw,
+    int row_groups,
+    int blocks_per_line,
     int rotary_pairs,
     int interleaved,
     float scale,
@@ -107,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(
     extern __shared__ u8 shared[];
     const Arguments a = {query, records, exact_keys, exact_values, exact_slots, raw_keys, raw_values, lengths, start, transform, table, scales, anchors, turns,
                          value_rows, value_mean, missing_mass, sinks, out, partials, tickets, {query_stride_batch, query_stride_head, query_stride_position},
-                         batch, heads, groups, positions, units, exact, raw, rotary_pairs, interleaved, scale, softcap};
+                         batch, heads, groups, positions, units, exact, raw, row_groups, blocks_per_line, rotary_pairs, interleaved, scale, softcap};
     clear_empty(a);
     attend_stretches(a, *(Shared*)shared);
 }

@@ -48,16 +48,15 @@ __device__ __forceinline__ void mma_dense(float (&c)[4], u32 a0, u32 a1, u32 a2,
 __device__ void dense_step(const Arguments& a, const Stretch& s, const Shared& sm, State& st, int step) {
     const int lane = threadIdx.x & 31, r = lane >> 2, c = lane & 3;
     const Tile t = tile_of(a, s, step);
-    float factor[2];
-    int limit[2];  // the last slot that the lane's two queries see
+    float factor[COLUMNS], most[COLUMNS], score[2][4];
+    int limit[COLUMNS];  // the last slot that the lane's queries see
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int row = s.row_group * ROWS + 2 * c + i;
+    for (int i = 0; i < COLUMNS; i++) {
+        const int row = s.row_group * ROWS + own_row(i);
         limit[i] = s.units * 128 + s.raw - a.positions + row / a.groups;
-        factor[i] = FLOAT_QUERY ? a.scale * sm.norm[2 * c + i] : a.scale;
+        factor[i] = FLOAT_QUERY ? a.scale * sm.norm[own_row(i)] : a.scale;
+        most[i] = NOTHING;
     }
-    const int start = (int)a.start[s.batch];
-    float x0 = NOTHING, x1 = NOTHING, score[2][4];
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         const int low = t.first + 16 * j + r, high = low + 8;
@@ -75,20 +74,23 @@ __device__ void dense_step(const Arguments& a, const Stretch& s, const Shared& s
         }
         const int slot0 = slot_of(t, low), slot1 = slot_of(t, high);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int slot = i < 2 ? slot0 : slot1;
-            score[j][i] = slot <= limit[i & 1] && slot >= start ? capped(a, score[j][i] * factor[i & 1]) : NOTHING;
+        for (int i = 0; i < COLUMNS; i++) {
+            float &low_score = score[j][i], &high_score = score[j][2 + i];
+            low_score = slot0 <= limit[i] && slot0 >= s.start ? capped(a, low_score * factor[i]) : NOTHING;
+            high_score = slot1 <= limit[i] && slot1 >= s.start ? capped(a, high_score * factor[i]) : NOTHING;
+            most[i] = fmaxf(most[i], fmaxf(low_score, high_score));
         }
-        x0 = fmaxf(x0, fmaxf(score[j][0], score[j][2]));
-        x1 = fmaxf(x1, fmaxf(score[j][1], score[j][3]));
     }
-    raise_peak<true>(st, x0, x1);
+    raise_peak<true>(st, most);
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-        float p[4];
+        float p[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-        for (int i = 0; i < 4; i++) p[i] = score[j][i] > 0.5f * NOTHING ? exp2_approx(score[j][i] - st.peak[i & 1]) : 0.f;
-        st.dense_mass[0] += p[0] + p[2], st.dense_mass[1] += p[1] + p[3];
+        for (int i = 0; i < COLUMNS; i++) {
+            p[i] = score[j][i] > 0.5f * NOTHING ? exp2_approx(score[j][i] - st.peak[i]) : 0.f;
+            p[2 + i] = score[j][2 + i] > 0.5f * NOTHING ? exp2_approx(score[j][2 + i] - st.peak[i]) : 0.f;
+            st.dense_mass[i] += p[i] + p[2 + i];
+        }
 #if IS_BF16
         // Eight bits are few for a weight: what they leave is added by a second product.
         const u32 w0 = pack_bf16(p[0], p[1]), w1 = pack_bf16(p[2], p[3]);

@@ -8,65 +8,66 @@ __device__ __forceinline__ void add_scaled(Float4& sum, const Float4& x, float w
     sum.x += w * x.x, sum.y += w * x.y, sum.z += w * x.z, sum.w += w * x.w;
 }
 
-// A warp's state into its slot of shared memory, in the order of a partial result.
+// A warp's state into its slot of shared memory.
 __device__ void write_state(State& st, float* to) {
-    const int lane = threadIdx.x & 31, r = lane >> 2, c = lane & 3;
+    const int lane = threadIdx.x & 31, r = lane >> 2;
 #pragma unroll
     for (int k = 4; k < 32; k <<= 1)
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < COLUMNS; i++) {
             st.packed_mass[i] += __shfl_xor_sync(FULL_WARP, st.packed_mass[i], k);
             st.dense_mass[i] += __shfl_xor_sync(FULL_WARP, st.dense_mass[i], k);
         }
-    const float unscaled = 16777216.f / WEIGHT_SCALE;
+    const float unscaled = 1 << 24 - WEIGHT_SCALE_LOG2;
 #pragma unroll
     for (int k = 0; k < CV; k++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) to[(2 * c + (i & 1)) * PV + 16 * k + r + 8 * (i >> 1)] = st.planes[k][i] * unscaled;
+        for (int i = 0; i < 2 * COLUMNS; i++) to[own_row(i % COLUMNS) * PV + 16 * k + r + 8 * (i / COLUMNS)] = st.planes[k][i / COLUMNS * 2 + i % COLUMNS] * unscaled;
     float* dense = to + ROWS * PV;
 #pragma unroll
     for (int g = 0; g < DIM_CHUNKS; g++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) dense[(2 * c + (i & 1)) * D + dense_dim(g, r, i >> 1)] = st.dense[g][i];
+        for (int i = 0; i < 2 * COLUMNS; i++) dense[own_row(i % COLUMNS) * D + dense_dim(g, r, i / COLUMNS)] = st.dense[g][i / COLUMNS * 2 + i % COLUMNS];
     if (r == 0) {
         float* rows = dense + ROWS * D;
 #pragma unroll
-        for (int i = 0; i < 2; i++) rows[2 * c + i] = st.peak[i], rows[ROWS + 2 * c + i] = st.packed_mass[i], rows[2 * ROWS + 2 * c + i] = st.dense_mass[i];
+        for (int i = 0; i < COLUMNS; i++) rows[own_row(i)] = st.peak[i], rows[ROWS + own_row(i)] = st.packed_mass[i], rows[2 * ROWS + own_row(i)] = st.dense_mass[i];
     }
 }
 
 #define PEAKS (ROWS * (PV + D))
-#define AHEAD 8  // reads in flight: their latency is what joining costs
+#define QUADS (D / 4)
+#define SLICES (THREADS / QUADS)  // threads that share four dims of the output
 
-// Joins partial results into sm.joined: `at(k)` is where the k-th of `count` lies, `read` and `read4` load from there. By the whole block.
-template <typename At, typename Read, typename Read4>
-__device__ __forceinline__ void join(Shared& sm, int count, float* weights, At at, Read read, Read4 read4) {
+__device__ __forceinline__ float warp_most(float x) {
+#pragma unroll
+    for (int k = 16; k; k >>= 1) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, k));
+    return x;
+}
+
+__device__ __forceinline__ float warp_total(float x) {
+#pragma unroll
+    for (int k = 16; k; k >>= 1) x += __shfl_xor_sync(FULL_WARP, x, k);
+    return x;
+}
+
+// The warps' states to one, in sm.joined. Rows from `rows` on are not in use. By the whole block.
+__device__ void join_warps(Shared& sm, int rows) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    float peak = NOTHING, packed = 0.f, dense = 0.f;  // warp w joins peaks and masses of row w
-    for (int k = lane; k < count; k += 32) peak = fmaxf(peak, read(at(k) + PEAKS + warp));
-#pragma unroll
-    for (int k = 16; k; k >>= 1) peak = fmaxf(peak, __shfl_xor_sync(FULL_WARP, peak, k));
-    for (int k = lane; k < count; k += 32) {
-        const float* rows = at(k) + PEAKS + warp;
-        const float w = exp2_approx(read(rows) - peak);
-        weights[k * ROWS + warp] = w;
-        packed += w * read(rows + ROWS), dense += w * read(rows + 2 * ROWS);
-    }
-#pragma unroll
-    for (int k = 16; k; k >>= 1) packed += __shfl_xor_sync(FULL_WARP, packed, k), dense += __shfl_xor_sync(FULL_WARP, dense, k);
-    if (lane == 0) sm.joined[PEAKS + warp] = peak, sm.joined[PEAKS + ROWS + warp] = packed, sm.joined[PEAKS + 2 * ROWS + warp] = dense;
+    const float* of_lane = (const float*)sm.slots[lane % WARPS] + PEAKS + warp % ROWS;  // warp w joins peaks and masses of row w
+    const float peak = warp_most(*of_lane), w = lane < WARPS ? exp2_approx(*of_lane - peak) : 0.f;
+    const float packed = warp_total(w * of_lane[ROWS]), dense = warp_total(w * of_lane[2 * ROWS]);
+    if (warp < ROWS && lane < WARPS) sm.weight[lane][warp] = w;
+    if (warp < ROWS && lane == 0) sm.joined[PEAKS + warp] = peak, sm.joined[PEAKS + ROWS + warp] = packed, sm.joined[PEAKS + 2 * ROWS + warp] = dense;
     __syncthreads();
-    for (int i = threadIdx.x; i < PEAKS / 4; i += THREADS) {
-        const int row = i < ROWS * PV / 4 ? i / (PV / 4) : (i - ROWS * PV / 4) / (D / 4);
+    const int planes = rows * (PV / 4);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < planes + rows * QUADS; i += THREADS) {
+        const int row = i < planes ? i / (PV / 4) : (i - planes) / QUADS, at = i < planes ? 4 * i : 4 * (i - planes) + ROWS * PV;
         Float4 sum = {0.f, 0.f, 0.f, 0.f};
-        for (int first = 0; first < count; first += AHEAD) {
-            Float4 x[AHEAD];
 #pragma unroll
-            for (int k = 0; k < AHEAD; k++) x[k] = read4(at(min(first + k, count - 1)) + 4 * i);
-#pragma unroll
-            for (int k = 0; k < AHEAD; k++) add_scaled(sum, x[k], first + k < count ? weights[(first + k) * ROWS + row] : 0.f);
-        }
-        *(Float4*)(sm.joined + 4 * i) = sum;
+        for (int k = 0; k < WARPS; k++) add_scaled(sum, *(const Float4*)((const float*)sm.slots[k] + at), sm.weight[k][row]);
+        *(Float4*)(sm.joined + at) = sum;
     }
     __syncthreads();
 }
@@ -81,75 +82,141 @@ __device__ __forceinline__ void write_out(const Arguments& a, i64 at, float x) {
 #endif
 }
 
-// Sums of a head in plane space, sm.joined, times the rows of V: `SLICES` parts of the output [8][D] in the warps' slots. By the whole block.
-#define QUADS (D / 4)
-#define SLICES (THREADS / QUADS)
+#define PLANES_OF_THREAD ((PV + SLICES - 1) / SLICES)
+#define PLANES_AHEAD (PLANES_OF_THREAD < 20 ? PLANES_OF_THREAD : 20)  // rows of V in flight
 
-__device__ void leave_plane_space(const Arguments& a, int head, Shared& sm) {
-    const Float4* rows = (const Float4*)(a.value_rows + (i64)head * PV * D);
+// Rows of V that a thread needs: four dims of planes first, first + SLICES, ...
+__device__ __forceinline__ void load_rows(const Arguments& a, int head, int first, Float4 (&rows)[PLANES_AHEAD]) {
+    const Float4* of_head = (const Float4*)(a.value_rows + (i64)head * PV * D) + threadIdx.x % QUADS;
+#pragma unroll
+    for (int i = 0; i < PLANES_AHEAD; i++) rows[i] = of_head[min(first + SLICES * i, PV - 1) * QUADS];
+}
+
+// Sums [ROWS][D] of sm.joined's planes times the rows of V, in SLICES parts in the warps' slots; `ahead` are the first rows. By the whole block.
+__device__ __forceinline__ void leave_plane_space(const Arguments& a, int head, Shared& sm, Float4 (&ahead)[PLANES_AHEAD]) {
     const int quad = threadIdx.x % QUADS, slice = threadIdx.x / QUADS;
     if (slice >= SLICES) return;
     Float4 x[ROWS];
 #pragma unroll
     for (int n = 0; n < ROWS; n++) x[n] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll AHEAD
-    for (int p = slice; p < PV; p += SLICES) {
-        const Float4 w = rows[p * QUADS + quad];
+#pragma unroll 1
+    for (int first = slice; first < PV; first += SLICES * PLANES_AHEAD) {
+        if (first != slice) load_rows(a, head, first, ahead);
 #pragma unroll
-        for (int n = 0; n < ROWS; n++) add_scaled(x[n], w, sm.joined[n * PV + p]);
+        for (int i = 0; i < PLANES_AHEAD; i++) {
+            const int p = first + SLICES * i;
+            if (p < PV)
+#pragma unroll
+                for (int n = 0; n < ROWS; n++) add_scaled(x[n], ahead[i], sm.joined[n * PV + p]);
+        }
     }
     Float4* parts = (Float4*)sm.slots;
 #pragma unroll
     for (int n = 0; n < ROWS; n++) parts[(slice * ROWS + n) * QUADS + quad] = x[n];
 }
 
-// The joined sums of a head to its output: back from plane space, mean added, divided by the mass. By the whole block.
-__device__ void finish(const Arguments& a, const Stretch& s, Shared& sm) {
-    leave_plane_space(a, s.head, sm);
-    __syncthreads();
-    const float* parts = (const float*)sm.slots;
-    for (int i = threadIdx.x; i < ROWS * D; i += THREADS) {
-        const int n = i / D, d = i - n * D, row = s.row_group * ROWS + n, position = row / a.groups, head = s.head * a.groups + row - position * a.groups;
-        if (row >= a.groups * a.positions) break;
-        const float packed = sm.joined[PEAKS + ROWS + n];
-        float mass = packed + sm.joined[PEAKS + 2 * ROWS + n], sum = a.value_mean[s.head * D + d] * packed + sm.joined[ROWS * PV + i];
+// Four dims of a row's sum of all that this block has joined, V's mean and exact tokens included. Once leave_plane_space is done.
+__device__ __forceinline__ Float4 sum_of_parts(const Arguments& a, int head, const Shared& sm, int row, int quad) {
+    const Float4* parts = (const Float4*)sm.slots + row * QUADS + quad;
+    Float4 sum = *(const Float4*)(sm.joined + ROWS * PV + row * D + 4 * quad);
+    add_scaled(sum, ((const Float4*)a.value_mean)[head * QUADS + quad], sm.joined[PEAKS + ROWS + row]);
 #pragma unroll
-        for (int k = 0; k < SLICES; k++) sum += parts[k * ROWS * D + i];
+    for (int k = 0; k < SLICES; k++) add_scaled(sum, parts[k * ROWS * QUADS], 1.f);
+    return sum;
+}
+
+__device__ __forceinline__ float mass_of(const Shared& sm, int row) { return sm.joined[PEAKS + ROWS + row] + sm.joined[PEAKS + 2 * ROWS + row]; }
+
+// Four dims of the output from the sum, mass and peak of their row.
+__device__ __forceinline__ void finish(const Arguments& a, const Stretch& s, int row_of_group, int quad, Float4 sum, float mass, float peak) {
+    const int row = s.row_group * ROWS + row_of_group, position = row / a.groups, head = s.head * a.groups + row - position * a.groups;
+    float factor = peak > 0.5f * NOTHING ? 1.f : 0.f;  // a row that sees nothing is zero
 #if USE_SINKS
-        const float peak = sm.joined[PEAKS + n], sink = a.sinks[head] * 1.442695041f, top = fmaxf(peak, sink), shrink = exp2_approx(peak - top);
-        mass = mass * shrink + exp2_approx(sink - top), sum *= shrink;
+    const float sink = a.sinks[head] * 1.442695041f, top = fmaxf(peak, sink), shrink = exp2_approx(peak - top);
+    mass = mass * shrink + exp2_approx(sink - top), factor *= shrink;
 #endif
-        const i64 at = (((i64)s.batch * a.positions + position) * (a.heads * a.groups) + head) * D + d;
-        write_out(a, at, sm.joined[PEAKS + n] > 0.5f * NOTHING ? sum / mass : 0.f);  // a row that sees nothing is zero
+    factor = factor == 0.f ? 0.f : factor / mass;
+    const i64 at = (((i64)s.batch * a.positions + position) * (a.heads * a.groups) + head) * D + 4 * quad;
+    write_out(a, at, sum.x * factor), write_out(a, at + 1, sum.y * factor), write_out(a, at + 2, sum.z * factor), write_out(a, at + 3, sum.w * factor);
+}
+
+// Adds one and tells what was there before; what this block's threads wrote before the barrier is seen by whoever sees the new number.
+__device__ __forceinline__ bool is_last(int* ticket, int blocks) {
+    if (atomic_add_ordered(ticket, 1) != blocks - 1) return false;
+    *ticket = 0;
+    return true;
+}
+
+#define AHEAD 16  // reads in flight: their latency is what joining costs
+
+// The partial results of an item to the output, in order of blocks: which one came last must not change the sum. By the whole block.
+__device__ void join_blocks(const Arguments& a, const Stretch& s, Shared& sm, int rows) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const float* first = a.partials + 2 * (i64)s.first_block * PARTIAL;
+    auto at = [&](int k) { return first + (2 * k + (k == 0)) * PARTIAL; };
+    auto load_sums = [&](int k0, int i, Float4(&x)[AHEAD]) {
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) x[k] = load_global16(at(min(k0 + k, s.blocks - 1)) + 2 * ROWS + 4 * i);
+    };
+    Float4 x[AHEAD];
+    if (threadIdx.x < rows * QUADS) load_sums(0, threadIdx.x, x);
+    float* weights = (float*)sm.slots;  // [blocks][ROWS]
+    float* masses = weights + s.blocks * ROWS;
+    if (warp < ROWS) {  // warp w joins peaks and masses of row w
+        float peak = NOTHING, mass = 0.f;
+#pragma unroll 1
+        for (int k = lane; k < s.blocks; k += 32) {
+            const float own = load_global(at(k) + warp);
+            masses[k * ROWS + warp] = load_global(at(k) + ROWS + warp), weights[k * ROWS + warp] = own;
+            peak = fmaxf(peak, own);
+        }
+        peak = warp_most(peak);
+#pragma unroll 1
+        for (int k = lane; k < s.blocks; k += 32) {
+            const float w = exp2_approx(weights[k * ROWS + warp] - peak);
+            weights[k * ROWS + warp] = w;
+            mass += w * masses[k * ROWS + warp];
+        }
+        mass = warp_total(mass);
+        if (lane == 0) sm.joined[warp] = peak, sm.joined[ROWS + warp] = mass;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows * QUADS; i += THREADS) {
+        const int row = i / QUADS;
+        Float4 sum = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 1
+        for (int k0 = 0; k0 < s.blocks; k0 += AHEAD) {
+            if (k0 || i != threadIdx.x) load_sums(k0, i, x);
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++) add_scaled(sum, x[k], k0 + k < s.blocks ? weights[(k0 + k) * ROWS + row] : 0.f);
+        }
+        finish(a, s, row, i - row * QUADS, sum, sm.joined[ROWS + row], sm.joined[row]);
     }
 }
 
-// A block's stretch of one head is done: the warps' states are joined. A whole head is finished; a part of one is left for the last block to come.
-__device__ void leave(const Arguments& a, const Stretch& s, Shared& sm, i64 line, int share, int row_groups) {
-    join(
-        sm, WARPS, &sm.weight[0][0], [&](int k) { return (const float*)sm.slots[k]; }, [](const float* p) { return *p; },
-        [](const float* p) { return *(const Float4*)p; });
-    if (s.last - s.first < s.count) {
-        // A block has at most two parts: of the head that it goes on with, and of the head that it begins and does not finish.
-        float* mine = a.partials + (2 * (i64)blockIdx.x + (s.first == 0)) * PARTIAL;
-        for (int i = threadIdx.x; i < PARTIAL / 4; i += THREADS) store_global16(mine + 4 * i, *(const Float4*)(sm.joined + 4 * i));
-        __threadfence();
-        __syncthreads();
-        const i64 begin = line - s.first;  // of the head's steps on the line
-        const int first_block = (int)(begin / share), parts = (int)((begin + s.count - 1) / share) - first_block + 1;
-        if (threadIdx.x == 0) {
-            int* ticket = a.tickets + ((i64)s.head * row_groups + s.row_group) * a.batch + s.batch;
-            sm.last = atomicAdd(ticket, 1) == parts - 1;
-            if (sm.last) *ticket = 0;
-            __threadfence();
-        }
-        __syncthreads();
-        if (!sm.last) return;
-        // In order of blocks: which one comes last must not change the sum.
-        const float* first = a.partials + 2 * (i64)first_block * PARTIAL;
-        join(
-            sm, parts, (float*)sm.slots, [&](int k) { return first + (2 * (i64)k + (k == 0)) * PARTIAL; }, [](const float* p) { return load_global(p); },
-            [](const float* p) { return load_global16(p); });
+// A block's stretch of an item is done. A whole item is finished; a part of one is left for the last block to come.
+__device__ void leave(const Arguments& a, const Stretch& s, Shared& sm) {
+    const int rows = min(ROWS, a.groups * a.positions - s.row_group * ROWS);
+    Float4 ahead[PLANES_AHEAD];
+    load_rows(a, s.head, threadIdx.x / QUADS, ahead);
+    join_warps(sm, rows);
+    leave_plane_space(a, s.head, sm, ahead);
+    __syncthreads();
+    const bool whole = s.last - s.first == s.count;
+    // A block has at most two parts: of the item that it goes on with, and of the one that it begins and does not finish.
+    float* mine = a.partials + (2 * (i64)blockIdx.x + (s.first == 0)) * PARTIAL;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows * QUADS; i += THREADS) {
+        const int row = i / QUADS, quad = i - row * QUADS;
+        const Float4 sum = sum_of_parts(a, s.head, sm, row, quad);
+        if (whole) finish(a, s, row, quad, sum, mass_of(sm, row), sm.joined[PEAKS + row]);
+        else store_global16(mine + 2 * ROWS + 4 * i, sum);
     }
-    finish(a, s, sm);
+    if (whole) return;
+    if (threadIdx.x < ROWS) store_global(mine + threadIdx.x, sm.joined[PEAKS + threadIdx.x]), store_global(mine + ROWS + threadIdx.x, mass_of(sm, threadIdx.x));
+    __syncthreads();
+    if (threadIdx.x == 0) sm.last = is_last(a.tickets + ((i64)s.head * a.row_groups + s.row_group) * a.batch + s.batch, s.blocks);
+    __syncthreads();
+    if (sm.last) join_blocks(a, s, sm, rows);
 }

@@ -38,36 +38,66 @@ __device__ __forceinline__ void turn(float& lower, float& upper, float c, float 
     lower = x;
 }
 
-// Queries of one head into shared memory. By the whole block; ends without a barrier.
+// Queries of an item into shared memory, a row per warp. By the whole block; ends without a barrier.
+#define PAIRS_PER_LANE ((D / 2 + 31) / 32)
+
 __device__ void load_queries(const Arguments& a, const Stretch& s, Shared& sm) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    if (warp >= ROWS) return;
     const int row = s.row_group * ROWS + warp, position = row / a.groups, group = row - position * a.groups;
     const bool used = row < a.groups * a.positions;
     const i64 base = s.batch * a.query_strides[0] + (s.head * a.groups + group) * a.query_strides[1] + position * a.query_strides[2];
+    float x[PAIRS_PER_LANE], y[PAIRS_PER_LANE], mean = 0.f;
     float largest = 0.f;
-    for (int d = lane; d < D; d += 32) largest = fmaxf(largest, used ? fabsf(read_query(a, base + d)) : 0.f);
 #pragma unroll
-    for (int k = 16; k; k >>= 1) largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, k));
+    for (int i = 0; i < PAIRS_PER_LANE; i++) {
+        const int pair = lane + 32 * i;
+        x[i] = y[i] = 0.f;
+        if (pair < D / 2 && used) {
+            int lower, upper;
+            pair_dims(a, pair, lower, upper);
+            x[i] = read_query(a, base + lower), y[i] = read_query(a, base + upper);
+#if !RUN
+            const float* of_head = (const float*)a.table + s.head * D;
+            mean += x[i] * of_head[lower] + y[i] * of_head[upper];
+#endif
+        }
+        largest = fmaxf(largest, fmaxf(fabsf(x[i]), fabsf(y[i])));
+    }
+#if RUN
+    Pairf coarse[PAIRS_PER_LANE], fine[PAIRS_PER_LANE];
+#pragma unroll
+    for (int i = 0; i < PAIRS_PER_LANE; i++) {
+        const int pair = min(lane + 32 * i, D / 2 - 1);
+        coarse[i] = ((const Pairf*)a.anchors)[s.start / RUN * (D / 2) + pair];
+        fine[i] = ((const Pairf*)a.turns)[s.start % RUN * (D / 2) + pair];
+    }
+#endif
+#pragma unroll
+    for (int k = 16; k; k >>= 1) {
+        largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, k));
+        if (!RUN) mean += __shfl_xor_sync(FULL_WARP, mean, k);
+    }
     const u32 exponent = __float_as_uint(largest) & 0x7f800000u;  // 2^floor(log2)
     const float norm = exponent < 0x7f000000u && exponent > 0x00800000u ? __uint_as_float(exponent + 0x00800000u) : 1.f, inverse = 1.f / norm;
-    if (lane == 0) sm.norm[warp] = norm;
-    const i64 start = RUN ? a.start[s.batch] : 0;
-    for (int pair = lane; pair < D / 2; pair += 32) {
-        int lower, upper;
-        pair_dims(a, pair, lower, upper);
-        float x = used ? read_query(a, base + lower) * inverse : 0.f, y = used ? read_query(a, base + upper) * inverse : 0.f;
+    if (lane == 0) sm.norm[warp] = norm, sm.mean[warp] = mean * a.scale;
+#pragma unroll
+    for (int i = 0; i < PAIRS_PER_LANE; i++) {
+        const int pair = lane + 32 * i;
+        if (pair < D / 2) {
+            x[i] *= inverse, y[i] *= inverse;
 #if RUN
-        const float* coarse = (const float*)(a.anchors + (start / RUN) * (D / 4)) + 2 * pair;
-        const float* fine = (const float*)(a.turns + (start % RUN) * (D / 4)) + 2 * pair;
-        turn(x, y, coarse[0], coarse[1]);
-        turn(x, y, fine[0], fine[1]);
+            turn(x[i], y[i], coarse[i].x, coarse[i].y);
+            turn(x[i], y[i], fine[i].x, fine[i].y);
 #endif
-        sm.pairs[warp][2 * pair] = x;
-        sm.pairs[warp][2 * pair + 1] = y;
+            sm.pairs[warp][2 * pair] = x[i];
+            sm.pairs[warp][2 * pair + 1] = y[i];
+        }
     }
-    // Fragments: lane 4 r + c of chunk g holds dims 16 g + 4 c .. + 3 of row r, as k 2c, 2c + 1, 2c + 8, 2c + 9. Any order of k will do if keys are read alike.
+    // Fragments: lane 4 r + c of chunk g, r the column of the tile, holds dims 16 g + 4 c .. + 3, as k 2c, 2c + 1, 2c + 8, 2c + 9. Any order of k will do if keys are read alike.
+#pragma unroll 1
     for (int i = lane; i < DIM_CHUNKS * 4; i += 32) {
-        const int chunk = i >> 2, c = i & 3, to = 4 * warp + c;
+        const int chunk = i >> 2, c = i & 3, to = 4 * (2 / COLUMNS * warp) + c;
         float x[4];
 #pragma unroll
         for (int k = 0; k < 4; k++) x[k] = used ? read_query(a, base + chunk * 16 + 4 * c + k) : 0.f;
@@ -87,25 +117,21 @@ __device__ void load_queries(const Arguments& a, const Stretch& s, Shared& sm) {
     }
 }
 
-// Queries of a run and of the next one, mapped to the planes of K and to the rank of its mean.
+// Queries of RUNS_OF_TILE runs, mapped to the planes of K and to the rank of its mean, as B fragments. With two runs, the second has the odd columns.
 struct Mapped {
-    u32 planes[2][CK][2];
-    u32 mean[2][CB][BIAS_COPIES][2];
-    float zero[2][2];  // 1.5 sum_p q'_p of the lane's two columns
+    u32 planes[CK][2];
+    u32 mean[LARGER(MEAN_CHUNKS, 1)][2];  // when split: the last one is what the first one leaves
+    float zero[2];                        // 1.5 sum_p q'_p of columns 2c and 2c + 1
 };
 
-// A fragment of queries in the frames of two runs (rows 0..7 and 8..15), chunk k of the pairs; residual: what fp16 leaves.
-__device__ __forceinline__ void rotated_fragment(const Arguments& a, const Shared& sm, int run, int k, u32 (&out)[4], u32 (&residual)[4]) {
+// Chunk k of the queries' pairs in the frames of RUNS_OF_TILE runs (rows 0..7) and of as many after them (8..15) with the turns t; residual: what fp16 leaves.
+__device__ __forceinline__ void rotated_fragment(const Shared& sm, int k, const Float4 (&t)[2], u32 (&out)[4], u32 (&residual)[4]) {
     const int lane = threadIdx.x & 31, r = lane >> 2, c = lane & 3;
-    const Float4 x = *(const Float4*)&sm.pairs[r][2 * (8 * k + 2 * c)];
+    const Float4 x = *(const Float4*)&sm.pairs[COLUMNS == 2 ? r : r / 2][2 * (8 * k + 2 * c)];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-#if RUN
-        const Float4 t = a.anchors[(i64)(run + i) * (D / 4) + 4 * k + c];
-        const float l0 = x.x * t.x + x.y * t.y, u0 = x.y * t.x - x.x * t.y, l1 = x.z * t.z + x.w * t.w, u1 = x.w * t.z - x.z * t.w;
-#else
-        const float l0 = x.x, u0 = x.y, l1 = x.z, u1 = x.w;
-#endif
+        float l0 = x.x, u0 = x.y, l1 = x.z, u1 = x.w;
+        if (RUN) turn(l0, u0, t[i].x, -t[i].y), turn(l1, u1, t[i].z, -t[i].w);
         out[i] = pack_f16(l0, l1);
         out[2 + i] = pack_f16(u0, u1);
         float l, h;
@@ -126,83 +152,113 @@ __device__ __forceinline__ Quad32 transform_fragment(const Arguments& a, const S
 #endif
 }
 
-__device__ void map_queries(const Arguments& a, const Shared& sm, int head, int run, float mean_scale, Mapped& q) {
-    const int lane = threadIdx.x & 31, c4 = lane & 3;
-    u32 f[DIM_CHUNKS][4], rest[4];
-#pragma unroll
-    for (int k = 0; k < DIM_CHUNKS; k++) rotated_fragment(a, sm, run, k, f[k], rest);
-    float sum[2] = {0.f, 0.f};
-#pragma unroll
-    for (int c = 0; c < CK; c++) {
+// Columns of one chunk of the transform as a B fragment, rows 0..7, or 8..15 (of the next runs).
+__device__ __forceinline__ Pair32 pack_columns(const float (&y)[4], const float (&z)[4], int row_half, float scale) {
+    return {pack_f16(y[2 * row_half] * scale, y[2 * row_half + 1] * scale), pack_f16(z[2 * row_half] * scale, z[2 * row_half + 1] * scale)};
+}
+
+__device__ __forceinline__ Pair32 pack_rest(const float (&y)[4], const float (&z)[4], int row_half, float scale, const Pair32& of) {
+    float l, h, l2, h2;
+    unpack_f16(of.x, l, h), unpack_f16(of.y, l2, h2);
+    return {pack_f16(y[2 * row_half] * scale - l, y[2 * row_half + 1] * scale - h), pack_f16(z[2 * row_half] * scale - l2, z[2 * row_half + 1] * scale - h2)};
+}
+
+__device__ __forceinline__ float sum_of(const Pair32& pairs) {
+    float l, h, l2, h2;
+    unpack_f16(pairs.x, l, h), unpack_f16(pairs.y, l2, h2);
+    return l + h + l2 + h2;
+}
+
+// Chunk c of the mapped queries of a warp's next runs.
+__device__ __forceinline__ Pair32& next_chunk(Shared& sm, int c) { return sm.next[threadIdx.x >> 5][c][threadIdx.x & 31]; }
+
+#define TURNS 4     // chunks of turns that are loaded at a time: their latency is long
+#define TOGETHER 2  // chunks of the transform at a time: four chains of sums hide the latency of the products
+
+__device__ void map_queries(const Arguments& a, Shared& sm, int head, int run, float mean_scale, Mapped& q) {
+    const int lane = threadIdx.x & 31, c4 = lane & 3, own_run = run + (RUNS_OF_TILE == 2 ? lane >> 2 & 1 : 0);
+    u32 f[DIM_CHUNKS][4];
+    {
         float y[4] = {0.f, 0.f, 0.f, 0.f}, z[4] = {0.f, 0.f, 0.f, 0.f};
+        Float4 turns[TURNS][2] = {};
 #pragma unroll
         for (int k = 0; k < DIM_CHUNKS; k++) {
-            const Quad32 m = transform_fragment(a, sm, head, c, k);
+#if RUN
+            if (k % TURNS == 0)
+#pragma unroll
+                for (int i = 0; i < 2 * TURNS; i++)
+                    if (k + i / 2 < DIM_CHUNKS) turns[i / 2][i % 2] = a.anchors[(i64)(own_run + i % 2 * RUNS_OF_TILE) * (D / 4) + 4 * (k + i / 2) + c4];
+#endif
+            u32 rest[4];
+            rotated_fragment(sm, k, turns[k % TURNS], f[k], rest);
+#if SPLIT_BIAS
+            const Quad32 m = transform_fragment(a, sm, head, CK, k), low = transform_fragment(a, sm, head, CK + CB, k);
             mma_f16(y, f[k][0], f[k][1], f[k][2], f[k][3], m.x, m.y);
             mma_f16(z, f[k][0], f[k][1], f[k][2], f[k][3], m.z, m.w);
+            mma_f16(y, rest[0], rest[1], rest[2], rest[3], m.x, m.y);
+            mma_f16(z, rest[0], rest[1], rest[2], rest[3], m.z, m.w);
+            mma_f16(y, f[k][0], f[k][1], f[k][2], f[k][3], low.x, low.y);
+            mma_f16(z, f[k][0], f[k][1], f[k][2], f[k][3], low.z, low.w);
+#endif
         }
+#if SPLIT_BIAS
+        const Pair32 high = pack_columns(y, z, 0, mean_scale), low = pack_rest(y, z, 0, mean_scale, high), next = pack_columns(y, z, 1, mean_scale);
+        q.mean[0][0] = high.x, q.mean[0][1] = high.y, q.mean[CB][0] = low.x, q.mean[CB][1] = low.y;
+        next_chunk(sm, CK) = next, next_chunk(sm, CK + CB) = pack_rest(y, z, 1, mean_scale, next);
+#endif
+    }
+    constexpr int CHUNKS = CK + CB - SPLIT_BIAS;  // planes, then what is left of the mean
+    float sum[2] = {0.f, 0.f};
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            q.planes[i][c][0] = pack_f16(y[2 * i], y[2 * i + 1]);
-            q.planes[i][c][1] = pack_f16(z[2 * i], z[2 * i + 1]);
-            float l, h;  // the zero point of what is really multiplied
-            unpack_f16(q.planes[i][c][0], l, h);
-            sum[i] += l + h;
-            unpack_f16(q.planes[i][c][1], l, h);
-            sum[i] += l + h;
+    for (int c0 = 0; c0 < CHUNKS; c0 += TOGETHER) {
+        float y[TOGETHER][4], z[TOGETHER][4];
+#pragma unroll
+        for (int t = 0; t < TOGETHER; t++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) y[t][i] = z[t][i] = 0.f;
+#pragma unroll
+        for (int k = 0; k < DIM_CHUNKS; k++)
+#pragma unroll
+            for (int t = 0; t < TOGETHER; t++)
+                if (c0 + t < CHUNKS) {
+                    const Quad32 m = transform_fragment(a, sm, head, c0 + t < CK ? c0 + t : c0 + t + SPLIT_BIAS, k);
+                    mma_f16(y[t], f[k][0], f[k][1], f[k][2], f[k][3], m.x, m.y);
+                    mma_f16(z[t], f[k][0], f[k][1], f[k][2], f[k][3], m.z, m.w);
+                }
+#pragma unroll
+        for (int t = 0; t < TOGETHER; t++) {
+            const int c = c0 + t, to = c < CK ? c : c + SPLIT_BIAS;
+            if (c >= CHUNKS) continue;
+            const float scale = c < CK ? 1.f : mean_scale;
+            const Pair32 own = pack_columns(y[t], z[t], 0, scale), next = pack_columns(y[t], z[t], 1, scale);
+            if (c < CK) {
+                q.planes[c][0] = own.x, q.planes[c][1] = own.y;
+                sum[0] += sum_of(own), sum[1] += sum_of(next);  // the zero point of what is really multiplied
+            } else {
+                q.mean[to - CK][0] = own.x, q.mean[to - CK][1] = own.y;
+            }
+            next_chunk(sm, to) = next;
         }
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 1);
         sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], 2);
-        sum[i] *= 1.5f;  // of row r; the lane needs those of rows 2c and 2c + 1
-        q.zero[i][0] = __shfl_sync(FULL_WARP, sum[i], 8 * c4);
-        q.zero[i][1] = __shfl_sync(FULL_WARP, sum[i], 8 * c4 + 4);
-    }
-#pragma unroll
-    for (int c = 0; c < CB; c++) {
-        float y[4] = {0.f, 0.f, 0.f, 0.f}, z[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-        for (int k = 0; k < DIM_CHUNKS; k++) {
-            const Quad32 m = transform_fragment(a, sm, head, CK + c, k);
-            mma_f16(y, f[k][0], f[k][1], f[k][2], f[k][3], m.x, m.y);
-            mma_f16(z, f[k][0], f[k][1], f[k][2], f[k][3], m.z, m.w);
-#if SPLIT_BIAS
-            u32 again[4];
-            rotated_fragment(a, sm, run, k, again, rest);
-            mma_f16(y, rest[0], rest[1], rest[2], rest[3], m.x, m.y);
-            mma_f16(z, rest[0], rest[1], rest[2], rest[3], m.z, m.w);
-            const Quad32 low = transform_fragment(a, sm, head, CK + CB + c, k);
-            mma_f16(y, f[k][0], f[k][1], f[k][2], f[k][3], low.x, low.y);
-            mma_f16(z, f[k][0], f[k][1], f[k][2], f[k][3], low.z, low.w);
-#endif
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float low = (half ? z : y)[2 * i] * mean_scale, high = (half ? z : y)[2 * i + 1] * mean_scale;
-                q.mean[i][c][0][half] = pack_f16(low, high);
-#if SPLIT_BIAS
-                float l, h;
-                unpack_f16(q.mean[i][c][0][half], l, h);
-                q.mean[i][c][1][half] = pack_f16(low - l, high - h);
-#endif
-            }
+        sum[i] *= 1.5f;  // of row r, which is a column next; the lane needs those of 2c and 2c + 1
+        const float zero[2] = {__shfl_sync(FULL_WARP, sum[i], 8 * c4), __shfl_sync(FULL_WARP, sum[i], 8 * c4 + 4)};
+        if (i == 0) q.zero[0] = zero[0], q.zero[1] = zero[1];
+        else next_chunk(sm, TRANSFORM_CHUNKS) = {__float_as_uint(zero[0]), __float_as_uint(zero[1])};
     }
 }
 
-// The second run to the front: registers can't be indexed.
-__device__ __forceinline__ void move_up(Mapped& q) {
+// The queries of the following runs, which map_queries left in shared memory. Lanes read what they wrote.
+__device__ __forceinline__ void take_next(Shared& sm, Mapped& q) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        q.zero[0][i] = q.zero[1][i];
-#pragma unroll
-        for (int c = 0; c < CK; c++) q.planes[0][c][i] = q.planes[1][c][i];
-#pragma unroll
-        for (int c = 0; c < CB; c++)
-#pragma unroll
-            for (int k = 0; k < BIAS_COPIES; k++) q.mean[0][c][k][i] = q.mean[1][c][k][i];
+    for (int c = 0; c < TRANSFORM_CHUNKS; c++) {
+        const Pair32 x = next_chunk(sm, c);
+        u32(&to)[2] = c < CK ? q.planes[c < CK ? c : 0] : q.mean[c < CK ? 0 : c - CK];
+        to[0] = x.x, to[1] = x.y;
     }
+    const Pair32 zero = next_chunk(sm, TRANSFORM_CHUNKS);
+    q.zero[0] = __uint_as_float(zero.x), q.zero[1] = __uint_as_float(zero.y);
 }

@@ -1,46 +1,85 @@
-// Which steps a block takes: a stretch of the line of all heads' steps, computed from lengths in device memory.
+// Which steps a block takes, computed from lengths in device memory. An item is a sequence for one row group of a head; items are in order of head, row
+// group and sequence. There are two ways to share them out, and the one that should end first is taken:
+//
+//   parts   every item is cut into equal parts, and every block takes as many parts as any other: it starts few items, most often one
+//   line    the steps of all items form one line, and every block takes an equal stretch of it: none idles, whatever the lengths
+//
+// What covers an item only in part leaves a partial result. Those of an item are left by blocks that follow each other. Numbers of steps have 32 bits: the host
+// refuses more (attention/cuda.py).
 #include "attend_shapes.cuh"
 
-// A stretch of one head: steps first .. last - 1 of count, the packed ones before the dense ones.
+#define START_STEPS 32  // what it takes a block to start and to leave an item, in steps
+
+// Steps first .. last - 1 of the `count` of an item, the packed ones before the dense ones.
 struct Stretch {
     int head, row_group, batch, first, last, count;
-    int units, raw;
+    int units, raw, start;
+    int first_block, blocks;  // that share the item
 };
 
-__device__ __forceinline__ int dense_steps(const Arguments& a, int raw) {
-    return (a.exact + TILE - 1) / TILE + (raw + TILE - 1) / TILE;
-}
+struct Schedule {
+    int steps, parts;  // of all sequences for one head and row group; parts 0: line
+    int cut;           // parts for a head and row group that its sequences share
+    u32 at, end;       // what this block has still to take, on the line or in the list of parts
+    u32 share;         // what a block takes
+};
 
 __device__ __forceinline__ int steps_of(const Arguments& a, int b, int& units, int& raw) {
     units = b < a.batch ? a.lengths[2 * b] : 0;
     raw = b < a.batch ? a.lengths[2 * b + 1] : 0;
-    return units + raw ? units + dense_steps(a, raw) : 0;
+    return units + raw ? units + (a.exact + TILE - 1) / TILE + (raw + TILE - 1) / TILE : 0;
 }
 
-__device__ __forceinline__ int warp_sum(int x) {
-#pragma unroll
-    for (int k = 16; k; k >>= 1) x += __shfl_xor_sync(FULL_WARP, x, k);
-    return x;
+__device__ __forceinline__ int parts_of(int count, const Schedule& p) { return count == p.steps ? max(1, p.cut) : count ? max(1u, (u32)p.cut * count / p.steps) : 0; }
+
+__device__ __forceinline__ int ceil_div(int x, int y) { return (x + y - 1) / y; }
+
+// By a whole warp.
+__device__ Schedule make_schedule(const Arguments& a) {
+    Schedule p;
+    const int lane = threadIdx.x & 31, blocks = gridDim.x;
+    int units, raw, steps = 0, sequences = 0, longest = 0;
+#pragma unroll 1
+    for (int b = lane; b < a.batch; b += 32) {
+        const int count = steps_of(a, b, units, raw);
+        steps += count, sequences += count > 0, longest = max(longest, count);
+    }
+    p.steps = warp_sum(steps), p.parts = warp_sum(sequences), longest = warp_max(longest);
+    const int lines = a.heads * a.row_groups, starts_of_one = p.parts;
+    p.cut = a.blocks_per_line;
+    if (p.parts == 1) {
+        if (p.cut > 1) p.parts = p.cut, longest = ceil_div(longest, p.cut);
+    } else if (p.parts && p.cut > 1) {
+        int parts = 0, part = 0;
+#pragma unroll 1
+        for (int b = lane; b < a.batch; b += 32) {
+            const int count = steps_of(a, b, units, raw), n = parts_of(count, p);
+            parts += n, part = max(part, n ? ceil_div(count, n) : 0);
+        }
+        parts = warp_sum(parts);
+        if (parts <= p.cut) p.parts = parts, longest = warp_max(part);
+    }
+    if (p.parts == starts_of_one) p.cut = 0;  // whole items
+    const u32 all = (u32)p.steps * lines, stretch = (all + blocks - 1) / blocks, per_block = ceil_div(p.parts * lines, blocks);
+    const u32 starts = 2 + (p.steps ? stretch * starts_of_one / p.steps : 0);  // of a block on the line
+    const bool line = per_block * (longest + START_STEPS) > stretch + starts * START_STEPS;
+    p.share = line ? stretch : per_block;
+    p.at = blockIdx.x * p.share, p.end = min(p.at + p.share, line ? all : (u32)p.parts * lines);
+    if (line) p.parts = 0;
+    return p;
 }
 
-// Steps of all sequences for one head and row group. By a whole warp.
-__device__ __forceinline__ int steps_per_item(const Arguments& a) {
-    int sum = 0, units, raw;
-    for (int b = threadIdx.x & 31; b < a.batch; b += 32) sum += steps_of(a, b, units, raw);
-    return warp_sum(sum);
-}
-
-// The head that step x of the whole line belongs to. By a whole warp.
-__device__ Stretch locate(const Arguments& a, i64 x, int per_item, int row_groups) {
-    Stretch s;
-    const int lane = threadIdx.x & 31, item = (int)(x / per_item);
-    int rest = (int)(x - (i64)item * per_item);
-    s.head = item / row_groups;
-    s.row_group = item - s.head * row_groups;
+// The next stretch of this block, if there is one. By a whole warp.
+__device__ bool next_stretch(const Arguments& a, Schedule& p, Stretch& s) {
+    if (p.at >= p.end) return false;
+    const int lane = threadIdx.x & 31, per_item = p.parts ? p.parts : p.steps, item = p.at / (u32)per_item;
+    int rest = p.at - item * per_item;
+    s.head = item / a.row_groups, s.row_group = item - s.head * a.row_groups;
+#pragma unroll 1
     for (int base = 0;; base += 32) {
         int units, raw;
-        const int count = steps_of(a, base + lane, units, raw);
-        int sum = count;
+        const int count = steps_of(a, base + lane, units, raw), own = p.parts ? parts_of(count, p) : count;
+        int sum = own;
 #pragma unroll
         for (int k = 1; k < 32; k <<= 1) {
             const int below = __shfl_up_sync(FULL_WARP, sum, k);
@@ -53,9 +92,21 @@ __device__ Stretch locate(const Arguments& a, i64 x, int per_item, int row_group
             s.count = __shfl_sync(FULL_WARP, count, at);
             s.units = __shfl_sync(FULL_WARP, units, at);
             s.raw = __shfl_sync(FULL_WARP, raw, at);
-            s.first = rest - __shfl_sync(FULL_WARP, sum - count, at);
-            return s;
+            rest -= __shfl_sync(FULL_WARP, sum - own, at);
+            break;
         }
         rest -= __shfl_sync(FULL_WARP, sum, 31);
     }
+    s.start = (int)a.start[s.batch];
+    if (p.parts) {
+        s.blocks = parts_of(s.count, p), s.first_block = blockIdx.x - rest;
+        s.first = (u32)s.count * rest / s.blocks, s.last = (u32)s.count * (rest + 1) / s.blocks;
+        p.at++;
+    } else {
+        const u32 begin = p.at - rest;  // of the item on the line
+        s.first_block = begin / p.share, s.blocks = (begin + s.count - 1) / p.share - s.first_block + 1;
+        s.first = rest, s.last = min((u32)s.count, rest + p.end - p.at);
+        p.at += s.last - s.first;
+    }
+    return true;
 }

@@ -2,38 +2,40 @@
 #include "unpack.cuh"
 
 // Compile-time definitions; the host sets all of them (attention/cuda.py).
-//   D          head size                                     SPLIT_BIAS    1: mean scores in twice the precision (large key biases)
+//   D          head size                                     SPLIT_BIAS    1: the mean's first chunk in twice the precision (large key biases)
 //   CK, CV     chunks of 16 planes of K and V                FLOAT_QUERY   1: queries and output are float32
-//   CB         chunks of 16 of the mean scores' rank         IS_BF16       1: exact tokens (and queries, unless float32) are bfloat16, else float16
+//   CB         chunks of 16 of the mean's rank, plain: 0     IS_BF16       1: exact tokens (and queries, unless float32) are bfloat16, else float16
 //   RUN        tokens per anchored run (256), 0: plain       USE_SOFTCAP, USE_SINKS
+//   COLUMNS    of a tile's 8 that a lane's queries stand in: 2, or 1 where an item has at most 4 rows (a lane's other column serves the next run)
 //   TRANSFORM_IN_SHARED, TABLE_IN_SHARED  0: too large, read through the caches (D = 256)
 
 #if !defined(D) || !defined(CK) || !defined(CV) || !defined(CB) || !defined(RUN) || !defined(SPLIT_BIAS) || !defined(FLOAT_QUERY) || !defined(IS_BF16) || \
-    !defined(USE_SOFTCAP) || !defined(USE_SINKS) || !defined(TRANSFORM_IN_SHARED) || !defined(TABLE_IN_SHARED)
+    !defined(USE_SOFTCAP) || !defined(USE_SINKS) || !defined(COLUMNS) || !defined(TRANSFORM_IN_SHARED) || !defined(TABLE_IN_SHARED)
 #error "a definition is missing, see above"
 #endif
 
 #define WARPS 8
 #define THREADS (WARPS * 32)
-#define ROWS 8
+#define ROWS (4 * COLUMNS)      // queries of an item: those of a tile
+#define RUNS_OF_TILE (RUN && COLUMNS == 1 ? 2 : 1)  // whose queries stand in one B fragment
 #define TILE 32  // exact tokens in a step
 #define DIM_CHUNKS (D / 16)
 #define PV (CV * 16)
 #define KEY_PART (CK * 512 + 128)
 #define VALUE_PART (CV * 512 + 128)
 #define RECORD (KEY_PART + VALUE_PART)
-#define BIAS_COPIES (1 + SPLIT_BIAS)
-#define TRANSFORM_CHUNKS (CK + CB * BIAS_COPIES)
+#define MEAN_CHUNKS (CB + SPLIT_BIAS)  // the last one, when split: low halves of the first
+#define TRANSFORM_CHUNKS (CK + MEAN_CHUNKS)
 #define TRANSFORM_BYTES (TRANSFORM_CHUNKS * DIM_CHUNKS * 512)
-#define TABLE_TILES (RUN ? RUN / 16 : 1)
-#define TABLE_BYTES (TABLE_TILES * CB * BIAS_COPIES * 512)
+#define TABLE_BYTES (RUN / 16 * MEAN_CHUNKS * 512)
 #define QUERY_STRIDE (D + 16)  // floats; the pad keeps rows on different banks
-#define PARTIAL (ROWS * (PV + D) + 3 * ROWS)  // floats: planes [8][PV], dense [8][D], then peak, packed mass and dense mass [8] each
-#define PARTS_BYTES (4 * ROWS * THREADS * 4)  // of all slots: the output in as many parts as threads can make at once, see attend_join.cuh
+#define STATE (ROWS * (PV + D) + 3 * ROWS)  // floats a warp leaves: planes [ROWS][PV], dense [ROWS][D], then peak, packed mass and dense mass [ROWS] each
+#define PARTIAL (2 * ROWS + ROWS * D)  // floats a block leaves: peak and mass of each row, then sums [ROWS][D]
+#define PARTS_BYTES (4 * ROWS * THREADS * 4)  // of all slots: sums in as many parts as threads can make at once, see attend_join.cuh
 #define LARGER(x, y) ((x) > (y) ? (x) : (y))
-#define SLOT_BYTES (LARGER(LARGER(RECORD, PARTIAL * 4), PARTS_BYTES / WARPS) + 15 & ~15)
+#define SLOT_BYTES (LARGER(LARGER(RECORD, STATE * 4), PARTS_BYTES / WARPS) + 15 & ~15)
 #define NOTHING -1e30f
-#define WEIGHT_SCALE 4096.f  // of the fp16 weights of packed values: their least normal number is 6e-5
+#define WEIGHT_SCALE_LOG2 12  // of the fp16 weights of packed values: their least normal number is 2^-14
 
 struct Arguments {
     const void* query;         // [B, H G, Q, D]
@@ -46,7 +48,7 @@ struct Arguments {
     const int* lengths;        // [B, 2]: packed units, raw tokens
     const i64* start;          // [B]: slots of left padding
     const Quad32* transform;   // [H, TRANSFORM_BYTES]: queries to planes and to the mean's rank
-    const Quad32* table;       // [H, TABLE_BYTES]: mean scores by offset in the run
+    const void* table;         // [H, TABLE_BYTES]: mean scores by offset in the run; plain frame: the mean, [H, D] float32
     const float* scales;       // [H, 2]: what scores are multiplied with; the mean's rank relative to that
     const Float4* anchors;     // [runs, D / 4]: cos, sin, cos, sin of two pairs at the first position of a run
     const Float4* turns;       // [RUN, D / 4]: the same at offsets within a run
@@ -60,32 +62,40 @@ struct Arguments {
     i64 query_strides[3];      // of B, H G, Q, in elements
     int batch, heads, groups, positions;
     int units, exact, raw;     // rows that the stores have room for
+    int row_groups, blocks_per_line;  // groups of ROWS rows of a head; blocks over heads times row groups, rounded down
     int rotary_pairs, interleaved;
     float scale, softcap;      // scale of the logits, times log2 e unless USE_SOFTCAP
 };
 
 struct Shared {
     alignas(128) u8 transform[TRANSFORM_IN_SHARED ? TRANSFORM_BYTES : 16];
-    u8 table[TABLE_IN_SHARED ? TABLE_BYTES : 16];
+    u8 table[TABLE_IN_SHARED ? LARGER(TABLE_BYTES, 16) : 16];
     u8 slots[WARPS][SLOT_BYTES];             // a record in flight per warp; afterwards its partial result
     float pairs[ROWS][QUERY_STRIDE];         // queries without their start, as rotary pairs, divided by a power of two to at most 1
     u32 dense_query[DIM_CHUNKS][2][32][2];   // fragments of the queries as they came: high and low parts
     float norm[ROWS];                        // the powers of two
+    float mean[ROWS];                        // plain frame: scores of the mean
     float weight[WARPS][ROWS];
-    alignas(16) float joined[PARTIAL];
+    union {
+        Pair32 next[WARPS][TRANSFORM_CHUNKS + 1][32];  // mapped queries of every warp's next run: fragments, then zero points
+        alignas(16) float joined[STATE];               // when the steps are done
+    };
     int last;
 };
 
-// What one warp carries along. Lane 4 r + c owns the columns (queries) 2c and 2c + 1.
+// The i-th query of a lane, a row of the item. In a tile it has column 2c + i.
+__device__ __forceinline__ int own_row(int i) { return COLUMNS * (threadIdx.x & 3) + i; }
+
+// What one warp carries along.
 struct State {
-    float peak[2], packed_mass[2], dense_mass[2];
+    float peak[COLUMNS], packed_mass[COLUMNS], dense_mass[COLUMNS];
     float planes[CV][4];
     float dense[DIM_CHUNKS][4];
 };
 
 __device__ __forceinline__ void start_state(State& st) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) st.peak[i] = NOTHING, st.packed_mass[i] = st.dense_mass[i] = 0.f;
+    for (int i = 0; i < COLUMNS; i++) st.peak[i] = NOTHING, st.packed_mass[i] = st.dense_mass[i] = 0.f;
 #pragma unroll
     for (int c = 0; c < CV; c++)
 #pragma unroll

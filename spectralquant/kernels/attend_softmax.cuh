@@ -3,23 +3,26 @@
 
 // Raises the running peaks to at least x (per lane: of its rows); what is held shrinks. Rarely taken after the first steps.
 template <bool DENSE>
-__device__ __forceinline__ void raise_peak(State& st, float x0, float x1) {
+__device__ __forceinline__ void raise_peak(State& st, float (&x)[COLUMNS]) {
+    bool higher = false;
 #pragma unroll
-    for (int k = 4; k < 32; k <<= 1) {
-        x0 = fmaxf(x0, __shfl_xor_sync(FULL_WARP, x0, k));
-        x1 = fmaxf(x1, __shfl_xor_sync(FULL_WARP, x1, k));
+    for (int i = 0; i < COLUMNS; i++) {
+#pragma unroll
+        for (int k = 4; k < 32; k <<= 1) x[i] = fmaxf(x[i], __shfl_xor_sync(FULL_WARP, x[i], k));
+        higher |= x[i] > st.peak[i];
     }
-    if (!__any_sync(FULL_WARP, x0 > st.peak[0] || x1 > st.peak[1])) return;
-    const float n0 = fmaxf(st.peak[0], x0), n1 = fmaxf(st.peak[1], x1);
-    const float e0 = exp2_approx(st.peak[0] - n0), e1 = exp2_approx(st.peak[1] - n1);
-    st.peak[0] = n0, st.peak[1] = n1;
-    st.packed_mass[0] *= e0, st.packed_mass[1] *= e1;
+    if (!__any_sync(FULL_WARP, higher)) return;
 #pragma unroll
-    for (int c = 0; c < CV; c++) st.planes[c][0] *= e0, st.planes[c][1] *= e1, st.planes[c][2] *= e0, st.planes[c][3] *= e1;
-    if (DENSE) {
-        st.dense_mass[0] *= e0, st.dense_mass[1] *= e1;
+    for (int i = 0; i < COLUMNS; i++) {
+        const float peak = fmaxf(st.peak[i], x[i]), shrink = exp2_approx(st.peak[i] - peak);
+        st.peak[i] = peak, st.packed_mass[i] *= shrink;
 #pragma unroll
-        for (int c = 0; c < DIM_CHUNKS; c++) st.dense[c][0] *= e0, st.dense[c][1] *= e1, st.dense[c][2] *= e0, st.dense[c][3] *= e1;
+        for (int c = 0; c < CV; c++) st.planes[c][i] *= shrink, st.planes[c][2 + i] *= shrink;
+        if (DENSE) {
+            st.dense_mass[i] *= shrink;
+#pragma unroll
+            for (int c = 0; c < DIM_CHUNKS; c++) st.dense[c][i] *= shrink, st.dense[c][2 + i] *= shrink;
+        }
     }
 }
 

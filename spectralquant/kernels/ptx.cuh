@@ -78,6 +78,18 @@ __device__ __forceinline__ Quad32 load_shared16(u32 address) {
     return v;
 }
 
+__device__ __forceinline__ int warp_sum(int x) {
+    int y;
+    asm volatile("redux.sync.add.s32 %0,%1,0xffffffff;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+__device__ __forceinline__ int warp_max(int x) {
+    int y;
+    asm volatile("redux.sync.max.s32 %0,%1,0xffffffff;" : "=r"(y) : "r"(x));
+    return y;
+}
+
 // Reads and writes that other blocks take part in: through the L2, past the L1.
 __device__ __forceinline__ float load_global(const float* p) {
     float v;
@@ -91,6 +103,17 @@ __device__ __forceinline__ Float4 load_global16(const float* p) {
     return v;
 }
 
+__device__ __forceinline__ void store_global(float* p, float v) {
+    asm volatile("st.global.cg.f32 [%0],%1;" ::"l"(p), "f"(v) : "memory");
+}
+
 __device__ __forceinline__ void store_global16(float* p, const Float4& v) {
     asm volatile("st.global.cg.v4.f32 [%0],{%1,%2,%3,%4};" ::"l"(p), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+
+// Adds to a number that all blocks see, and returns what was there. What the thread wrote or had seen before is seen after it, on both sides.
+__device__ __forceinline__ int atomic_add_ordered(int* p, int x) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0,[%1],%2;" : "=r"(before) : "l"(p), "r"(x) : "memory");
+    return before;
 }

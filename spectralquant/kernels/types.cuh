@@ -8,5 +8,6 @@ typedef long long i64;
 #define FULL_WARP 0xffffffffu
 
 struct alignas(8) Pair32 { u32 x, y; };
+struct alignas(8) Pairf { float x, y; };
 struct alignas(16) Quad32 { u32 x, y, z, w; };
 struct alignas(16) Float4 { float x, y, z, w; };

@@ -61,8 +61,8 @@ __device__ __forceinline__ float gain_value(unsigned code) {
     return code == 0 ? 0.0f : exp2_approx((static_cast<int>(code) - GAIN_OFFSET) / GAIN_STEPS);
 }
 
-// log2 of the gain in byte i of a word, (code - 128) / 8; exact: 2^23 + code is a float, an eighth of it too.
-__device__ __forceinline__ float log2_gain(u32 word, int i) {
+// log2 of the gain in byte i of a word, (code - 128) / 8, and a small integer; exact: 2^23 + code is a float, an eighth of it too.
+__device__ __forceinline__ float log2_gain(u32 word, int i, int plus = 0) {
     const u32 as_float = __byte_perm(word, 0x4b000000u, 0x7650 | i) ;
-    return fmaf(__uint_as_float(as_float), 0.125f, -1048592.f);
+    return fmaf(__uint_as_float(as_float), 0.125f, plus - 1048592.f);
 }

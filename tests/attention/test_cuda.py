@@ -18,7 +18,7 @@ from host_kernels import compile_for_host
 from tolerances import FLOAT32
 from torch import Tensor
 
-from spectralquant.attention.cuda import ROWS, FusedAttention, Launch, Workspace, anchor_table, plan_launch, runs_of
+from spectralquant.attention.cuda import FusedAttention, Launch, Workspace, anchor_table, plan_launch, rows_of, runs_of
 from spectralquant.attention.kernel_constants import build_constants
 from spectralquant.attention.reference import attend
 from spectralquant.cache.segment import Segment
@@ -35,9 +35,9 @@ ERROR = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 LAUNCHER = """
 extern "C" void go(unsigned grid, void** p, long long* l, int* n, float* f) {
     run(attend, grid, unsigned(THREADS), (const void*)p[0], (const u8*)p[1], (const u16*)p[2], (const u16*)p[3], (const int*)p[4], (const u16*)p[5],
-        (const u16*)p[6], (const int*)p[7], (const i64*)p[8], (const Quad32*)p[9], (const Quad32*)p[10], (const float*)p[11], (const Float4*)p[12],
+        (const u16*)p[6], (const int*)p[7], (const i64*)p[8], (const Quad32*)p[9], p[10], (const float*)p[11], (const Float4*)p[12],
         (const Float4*)p[13], (const float*)p[14], (const float*)p[15], (const float*)p[16], (const float*)p[17], p[18], (float*)p[19], (int*)p[20],
-        l[0], l[1], l[2], n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], f[0], f[1]);
+        l[0], l[1], l[2], n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], f[0], f[1]);
 }
 extern "C" unsigned shared_size() { return sizeof(Shared); }
 """
@@ -207,7 +207,8 @@ def test_build_constants_rejects_levels_from_tables() -> None:
 def test_row_groups_cover_all_queries() -> None:
     case = Case(groups=3, new=7, batch=1)
     launch = case.launch()
-    assert launch.arguments[20].numel() == 2 * -(-3 * 7 // ROWS) and launch.out.shape == (1, 7, 6, 64)
+    assert launch.arguments[20].numel() == 2 * -(-3 * 7 // 8) and launch.out.shape == (1, 7, 6, 64)
+    assert [rows_of(n) for n in (1, 4, 5, 8, 9)] == [(4, 1), (4, 1), (8, 1), (8, 1), (8, 2)]
 
 
 @pytest.mark.gpu
