@@ -147,7 +147,7 @@ __device__ __forceinline__ bool is_last(int* ticket, int blocks) {
     return true;
 }
 
-#define AHEAD 16  // reads in flight: their latency is what joining costs
+#define AHEAD 8  // reads in flight: their latency is what joining costs
 
 // The partial results of an item to the output, in order of blocks: which one came last must not change the sum. By the whole block.
 __device__ void join_blocks(const Arguments& a, const Stretch& s, Shared& sm, int rows) {
