@@ -105,7 +105,7 @@ __device__ __forceinline__ void leave_plane_space(const Arguments& a, int head, 
 #pragma unroll
         for (int i = 0; i < PLANES_AHEAD; i++) {
             const int p = first + SLICES * i;
-            if (p < PV)
+            if (PV % (SLICES * PLANES_AHEAD) == 0 || p < PV)  // a check less where planes come out even
 #pragma unroll
                 for (int n = 0; n < ROWS; n++) add_scaled(x[n], ahead[i], sm.joined[n * PV + p]);
         }
