@@ -163,8 +163,8 @@ class Segment:
         slots = torch.arange(self.packed, self.packed + count, device=keys.device)
         self._reserve_units((self.packed + reserve) // UNIT)
         records = self.records[:, :, self.packed // UNIT : (self.packed + count) // UNIT]
-        gains, value_gains, key_error = encode_units(self.codec, keys, values, self.packed, self.start, records, self.encode_kernels)
-        exact = self._choose_exact(values, slots, key_error)
+        gains, value_gains, key_error, value_size = encode_units(self.codec, keys, values, self.packed, self.start, records, self.encode_kernels)
+        exact = self._choose_exact(value_size, slots, key_error)
         masked = (exact | (slots[None] < self.start[:, None]))[:, None]
         _, key_bytes, _, value_bytes = self.codec.layout.split(records)
         key_bytes.copy_(pack_gains(gains.masked_fill(masked, MASKED_GAIN).unflatten(2, (-1, UNIT))))
@@ -172,11 +172,11 @@ class Segment:
         self._store_exact(exact, slots, keys, values)
         self.packed += count
 
-    def _choose_exact(self, values: Tensor, slots: Tensor, key_error: Tensor) -> Tensor:
-        """[B, T] bool: sinks, and within the bound the tokens that the code would serve badly; key_error [B, T]."""
+    def _choose_exact(self, value_size: Tensor, slots: Tensor, key_error: Tensor) -> Tensor:
+        """[B, T] bool: sinks, and within the bound the tokens that the code would serve badly; value_size [B, H, T], key_error [B, T]."""
         position = slots[None] - self.start[:, None]
         sinks = (position >= 0) & (position < self.config.sinks)
-        need = self.codec.exact_need(values, key_error)
+        need = self.codec.exact_need(value_size, key_error)
         wanted = (need > 1) & (position >= self.config.sinks)
         secondary = self._within_bound(need.masked_fill(~wanted, 0.0))
         self.secondary = self.secondary + secondary.sum(-1)

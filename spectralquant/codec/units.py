@@ -11,7 +11,9 @@ from spectralquant.codec.encode_cuda import FusedEncoder, can_encode
 from spectralquant.codec.layout import UNIT, RecordLayout, gain_values, pack_planes, unpack_gains, unpack_planes
 
 
-def encode_units(codec: LayerCodec, keys: Tensor, values: Tensor, first: int, start: Tensor, records: Tensor, kernels: bool) -> tuple[Tensor, Tensor, Tensor]:
+def encode_units(
+    codec: LayerCodec, keys: Tensor, values: Tensor, first: int, start: Tensor, records: Tensor, kernels: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Write the codes of whole units into a store. Gains are left to the caller, who knows which tokens stay exact.
 
     Args:
@@ -23,17 +25,17 @@ def encode_units(codec: LayerCodec, keys: Tensor, values: Tensor, first: int, st
         kernels: Whether CUDA kernels may do it.
 
     Returns:
-        K gain codes and V gain codes [B, H, T] uint8, and `LayerCodec.key_error` [B, T].
+        K gain codes and V gain codes [B, H, T] uint8, `LayerCodec.key_error` [B, T], and `LayerCodec.value_size` [B, H, T].
     """
-    centred, centred_values = codec.centre_units(keys, first, start), codec.centre_values(values)
     if kernels and can_encode(codec):
-        return _encoder_on(keys.device).encode(codec, centred, centred_values, records)
+        return _encoder_on(keys.device).encode(codec, keys, values, first, start, records)
+    centred, centred_values = codec.centre_units(keys, first, start), codec.centre_values(values)
     planes, gains = codec.key.encode(centred)
     value_planes, value_gains = codec.value.encode(centred_values)
     key_codes, _, value_codes, _ = codec.layout.split(records)
     key_codes.copy_(pack_planes(planes.unflatten(2, (-1, UNIT)), "key"))
     value_codes.copy_(pack_planes(value_planes.unflatten(2, (-1, UNIT)), "value"))
-    return gains, value_gains, codec.relative_error(codec.key.error(centred, planes, gains))
+    return gains, value_gains, codec.relative_error(codec.key.error(centred, planes, gains)), codec.value_size(values)
 
 
 def unpack_units(layout: RecordLayout, records: Tensor, which: str, kernels: bool) -> tuple[Tensor, Tensor]:
