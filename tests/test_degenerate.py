@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 from spectralquant import SpectralQuantEngine, get_default_calibration_texts
 from spectralquant.attention import hf
 from spectralquant.attention.reference import attend
+from spectralquant.cache.exact import EARLY
 from spectralquant.cache.hf import cache_argument
-from spectralquant.cache.segment import EARLY, Segment
+from spectralquant.cache.segment import Segment
 from spectralquant.calibration import fit
 from spectralquant.calibration.hf import SKIP, TOKENS_PER_DIMENSION, ModelStatistics, collect
 from spectralquant.calibration.statistics import LayerStatistics

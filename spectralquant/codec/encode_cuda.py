@@ -5,7 +5,6 @@ Per side one launch turns, centres and whitens into float32, which is written on
 codebook vectors, and the order of bits.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from spectralquant.codec.codec import LayerCodec, SideCodec
 from spectralquant.codec.joint import JointPlanes
 from spectralquant.codec.layout import UNIT
 from spectralquant.codec.quantizer import UniformPlanes
-from spectralquant.kernels.compiler import load
+from spectralquant.kernels.launch import Launch
 
 THREADS = 256
 """Of a block of whiten.cu and encode_scalar.cu."""
@@ -28,29 +27,6 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 @dataclass(frozen=True, slots=True)
-class EncodeLaunch:
-    """A launch of one of the kernels, ready to go.
-
-    Attributes:
-        name: Of the kernel and of its source file.
-        definitions: Compile-time definitions.
-        arguments: In the kernel's order: tensors (their address is passed), None for what it does not read or write, and integers.
-        blocks, threads, shared_bytes: Of the launch.
-    """
-
-    name: str
-    definitions: dict[str, int]
-    arguments: Sequence[Tensor | int | None]
-    blocks: int
-    threads: int
-    shared_bytes: int
-
-    def run(self, device: torch.device) -> None:
-        kernel = load(f"{self.name}.cu", self.definitions, self.name, device)
-        kernel(self.blocks, self.threads, self.shared_bytes, [a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in self.arguments])
-
-
-@dataclass(frozen=True, slots=True)
 class Whitening:
     """Whitened coordinates.
 
@@ -60,7 +36,7 @@ class Whitening:
         sizes: [B, H, T] float32, |x|^2 of the vectors as they came; None for keys.
     """
 
-    launch: EncodeLaunch
+    launch: Launch
     u: Tensor
     sizes: Tensor | None
 
@@ -75,7 +51,7 @@ class Encoding:
         error: [B, H, T] float32, |z - z^|^2, or None where the kernel gives none.
     """
 
-    launch: EncodeLaunch
+    launch: Launch
     gains: Tensor
     error: Tensor | None
 
@@ -94,8 +70,11 @@ class FusedEncoder:
         self.device = device
         self._tables: dict[int, tuple[LayerCodec, Tensor | None]] = {}  # the codec too: its id stays its own
 
-    def encode(self, codec: LayerCodec, keys: Tensor, values: Tensor, first: int, start: Tensor, records: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`units.encode_units` for codecs that `can_encode`.
+    def encode(self, codec: LayerCodec, keys: Tensor, values: Tensor, first: int, start: Tensor, records: Tensor) -> tuple[Encoding, Encoding, Tensor]:
+        """Write the codes of whole units into a store; arguments as for `units.encode_units`, of a codec that `can_encode`.
+
+        Returns:
+            Of keys and of values, and |v|^2 [B, H, T].
 
         Raises:
             BackendError: The kernels can't be built.
@@ -113,8 +92,8 @@ class FusedEncoder:
         white.launch.run(self.device)
         value = plan_scalar(codec.value, white.u, value_codes, False) if tables is None else plan_joint(codec.value, tables, white.u, value_codes)
         value.launch.run(self.device)
-        assert key.error is not None and white.sizes is not None
-        return key.gains, value.gains, codec.relative_error(key.error), white.sizes
+        assert white.sizes is not None
+        return key, value, white.sizes
 
 
 def plan_whitening(codec: LayerCodec, x: Tensor, first: int, start: Tensor, is_key: bool, by_coordinate: bool) -> Whitening:
@@ -153,7 +132,7 @@ def plan_whitening(codec: LayerCodec, x: Tensor, first: int, start: Tensor, is_k
     )  # fmt: skip
     tiles, columns = _column_tiles(dim)
     shared = 4 * 2 * 16 * (UNIT + 4 + 16 * columns) + 4 * dim
-    return Whitening(EncodeLaunch("whiten", definitions, arguments, batch * heads * units * tiles, THREADS, shared), u, sizes)
+    return Whitening(Launch("whiten.cu", "whiten", definitions, arguments, batch * heads * units * tiles, THREADS, shared), u, sizes)
 
 
 def _column_tiles(dim: int) -> tuple[int, int]:
@@ -180,7 +159,7 @@ def plan_scalar(side: SideCodec, u: Tensor, records: Tensor, is_key: bool) -> En
         u, quantizer.step, quantizer.top, side.scale, quantizer.coordinate, quantizer.shift, records, gains, error,
         units, records.stride(1), records.stride(2), heads,
     )  # fmt: skip
-    return Encoding(EncodeLaunch("encode_scalar", definitions, arguments, batch * heads * units, THREADS, UNIT * dim), gains, error)
+    return Encoding(Launch("encode_scalar.cu", "encode_scalar", definitions, arguments, batch * heads * units, THREADS, UNIT * dim), gains, error)
 
 
 def plan_joint(side: SideCodec, tables: Tensor, u: Tensor, records: Tensor) -> Encoding:
@@ -197,7 +176,7 @@ def plan_joint(side: SideCodec, tables: Tensor, u: Tensor, records: Tensor) -> E
         u, quantizer.index, quantizer.kept, tables, records, gains, units, records.stride(1), records.stride(2), heads,
     )  # fmt: skip
     shared = _joint_shared_bytes(tables, blocks, planes, together)
-    return Encoding(EncodeLaunch("encode_joint", definitions, arguments, batch * heads * units, UNIT * together, shared), gains, None)
+    return Encoding(Launch("encode_joint.cu", "encode_joint", definitions, arguments, batch * heads * units, UNIT * together, shared), gains, None)
 
 
 def _joint_shared_bytes(tables: Tensor, blocks: int, planes: int, together: int) -> int:
@@ -211,7 +190,7 @@ def joint_tables(quantizer: JointPlanes) -> Tensor:
     """[H B, n] float32, `Tables` of kernels/encode_joint.cu for the B blocks of every head."""
     search = quantizer.tables()
     reach, filters = search.reach.double().triu(1), search.filters.double()  # [G, P, P], [G, d, P]
-    groups, planes = reach.shape[:2]
+    planes = reach.shape[1]
     scale = quantizer.scale[:, quantizer.index].flatten(0, 1)  # [G, d]
     kept = quantizer.kept[:, quantizer.index].flatten(0, 1)
     padding = -scale.shape[1] % 4

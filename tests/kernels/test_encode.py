@@ -6,6 +6,7 @@ Sums differ in order, so a code in a thousand may be its neighbour.
 import ctypes
 import shutil
 from collections.abc import Callable
+from dataclasses import astuple
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -18,11 +19,12 @@ from host_kernels import compile_for_host
 from torch import Tensor
 
 from spectralquant.codec.codec import LayerCodec, build_codec
-from spectralquant.codec.encode_cuda import EncodeLaunch, Encoding, can_encode, joint_tables, plan_joint, plan_scalar, plan_whitening
+from spectralquant.codec.encode_cuda import Encoding, can_encode, joint_tables, plan_joint, plan_scalar, plan_whitening
 from spectralquant.codec.joint import JointPlanes
 from spectralquant.codec.layout import UNIT, unpack_planes
 from spectralquant.codec.units import encode_units
 from spectralquant.config import Dials
+from spectralquant.kernels.launch import Launch
 from spectralquant.presets import PRESETS
 from spectralquant.rope import Rotary
 
@@ -66,15 +68,15 @@ def library(name: str, definitions: frozenset[tuple[str, int]]) -> ctypes.CDLL:
     return compile_for_host(f"{name}.cu", dict(definitions), LAUNCHERS[name], Path(mkdtemp()))
 
 
-def run_on_host(launch: EncodeLaunch, device: torch.device | None = None) -> None:
-    code = library(launch.name, frozenset(launch.definitions.items()))
+def run_on_host(launch: Launch, device: torch.device | None = None) -> None:
+    code = library(launch.kernel, frozenset(launch.definitions.items()))
     pointers = [a.data_ptr() if isinstance(a, Tensor) else None for a in launch.arguments if not isinstance(a, int)]
     numbers = [a for a in launch.arguments if isinstance(a, int)]
     code.go(launch.blocks, launch.threads, (ctypes.c_void_p * len(pointers))(*pointers), (ctypes.c_longlong * len(numbers))(*numbers))
     assert code.shared_size() == launch.shared_bytes
 
 
-def run_on_device(launch: EncodeLaunch) -> None:
+def run_on_device(launch: Launch) -> None:
     launch.run(torch.device("cuda", 0))
 
 
@@ -118,7 +120,7 @@ def plan_side(codec: LayerCodec, u: Tensor, records: Tensor, which: str) -> Enco
     return plan_scalar(side, u, records, which == "key")
 
 
-def check_side(codec: LayerCodec, u: Tensor, which: str, run: Callable[[EncodeLaunch], None]) -> None:
+def check_side(codec: LayerCodec, u: Tensor, which: str, run: Callable[[Launch], None]) -> None:
     side, (batch, _, count, _) = getattr(codec, which), u.shape
     records = store(codec, batch, count // UNIT)
     part = 0 if which == "key" else 2
@@ -173,12 +175,13 @@ def test_encode_units_writes_what_the_codec_says() -> None:
     keys, values = torch.randn(2, 2, 256, 64), torch.randn(2, 2, 256, 64)
     slots, start = torch.arange(128, 384), torch.tensor([0, 3])
     records = store(codec, 2, 2)
-    gains, value_gains, error, sizes = encode_units(codec, keys, values, 128, start, records[:, :, 1:3], kernels=False)
+    encoded = encode_units(codec, keys, values, 128, start, records[:, :, 1:3], kernels=False)
     planes, want_gains, value_planes, want_value_gains = codec.encode(keys, values, slots, start)
     key, _, value, _ = codec.layout.split(records[:, :, 1:3])
     assert torch.equal(unpack_planes(key, "key").flatten(2, 3), planes) and torch.equal(unpack_planes(value, "value").flatten(2, 3), value_planes)
-    assert torch.equal(gains, want_gains) and torch.equal(value_gains, want_value_gains)
-    assert torch.equal(error, codec.key_error(keys, planes, gains, slots, start)) and torch.equal(sizes, values.square().sum(-1))
+    assert torch.equal(encoded.gains, want_gains) and torch.equal(encoded.value_gains, want_value_gains)
+    assert torch.equal(codec.relative_error(encoded.key_error), codec.key_error(keys, planes, want_gains, slots, start))
+    assert torch.equal(encoded.value_size, values.square().sum(-1))
     assert (records[:, :, 0] == 0xAA).all() and (records[:, :, 3:] == 0xAA).all()
 
 
@@ -201,7 +204,7 @@ def as_prefill(shape: tuple[int, int, int, int], dtype: torch.dtype, device: tor
     return whole[..., heads * dim + 1 : 2 * heads * dim + 1].unflatten(-1, (heads, dim)).transpose(1, 2)
 
 
-def check_whitening(codec: LayerCodec, dtype: torch.dtype, which: str, by_coordinate: bool, run: Callable[[EncodeLaunch], None]) -> None:
+def check_whitening(codec: LayerCodec, dtype: torch.dtype, which: str, by_coordinate: bool, run: Callable[[Launch], None]) -> None:
     """Against float64 from the codec's tables, as exact as PyTorch's float32."""
     device, heads, dim = codec.key.mean.device, codec.key.mean.shape[0], codec.head_dim
     x, start, first = as_prefill((2, heads, 256, dim), dtype, device), torch.tensor([0, 1003], device=device), 9 * UNIT
@@ -232,13 +235,15 @@ def check_units(codec: LayerCodec, units: int) -> None:
     keys, values = (as_prefill((2, heads, units * UNIT, dim), torch.bfloat16, device) for _ in range(2))
     start = torch.tensor([0, 3], device=device)
     stores = [store(codec, 2, units) for _ in range(3)]
-    got, want, again = (encode_units(codec, keys, values, 384, start, s[:, :, 1 : 1 + units], k) for s, k in zip(stores, (True, False, True), strict=True))
+    got, want, again = (
+        astuple(encode_units(codec, keys, values, 384, start, s[:, :, 1 : 1 + units], k)) for s, k in zip(stores, (True, False, True), strict=True)
+    )
     assert torch.equal(stores[0], stores[2]) and all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
     for part, which in ((0, "key"), (2, "value")):
         mine, theirs = (unpack_planes(codec.layout.split(s[:, :, 1 : 1 + units])[part], which).flatten(2, 3) for s in stores[:2])
         assert same_share(mine, theirs) > 1 - DIFFERENT
     assert all(same_share(a, b) > 1 - DIFFERENT for a, b in zip(got[:2], want[:2], strict=True))
-    torch.testing.assert_close(got[2], want[2], rtol=2e-2, atol=1e-4)
+    torch.testing.assert_close(got[2].mean(1), want[2].mean(1), rtol=2e-2, atol=1e-4 * float(want[2].mean()))
     torch.testing.assert_close(got[3], want[3])
     assert all((s[:, :, 0] == 0xAA).all() and (s[:, :, 1 + units :] == 0xAA).all() for s in stores)
 
@@ -246,7 +251,7 @@ def check_units(codec: LayerCodec, units: int) -> None:
 @HOST
 @pytest.mark.parametrize("quantizer", ["joint", "uniform"])
 def test_encode_units_by_kernels_on_the_host(quantizer: str, poison: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EncodeLaunch, "run", run_on_host)
+    monkeypatch.setattr(Launch, "run", run_on_host)
     check_units(make(quantizer=quantizer), 3)
 
 
