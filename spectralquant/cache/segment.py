@@ -171,9 +171,9 @@ class Segment:
         """Copy exact tokens of keys and values [B, H, T, D], slots packed .., behind the entries in use: sinks come first in every sequence, so how many
         entries are in use follows from the slot and `secondary`."""
         first, sinks = self.packed, self.config.sinks
-        counts = torch.stack([self.secondary, chosen.secondary]).tolist()
+        *counts, padding = torch.stack([self.secondary, chosen.secondary, self.start]).tolist()
         used, total = (
-            [n + exact.sinks_among(slot, pad, sinks) for n, pad in zip(row, self.padding, strict=True)]
+            [n + exact.sinks_among(slot, pad, sinks) for n, pad in zip(row, padding, strict=True)]
             for row, slot in zip(counts, (first, first + keys.shape[2]), strict=True)
         )
         most = max(after - before for before, after in zip(used, total, strict=True))

@@ -350,7 +350,7 @@ def _build_side(side: SideProfile, bits: Tensor, gain: str, scalar: str, book: T
     """Constants of one side: jointly quantized with the codebooks `book`, or without any by the scalar quantizer `scalar`."""
     scale = side.variance.double().clamp_min(1e-20).sqrt()
     inverse = scale[..., None] * torch.linalg.inv(side.basis.double())
-    encode = (side.basis.double() / scale[:, None]).float()
+    encode = (side.basis.double() / scale[:, None]).float().contiguous()  # kernels read rows, a basis may come transposed
 
     def quantizer(where: torch.device) -> Quantizer:
         if book is None:
