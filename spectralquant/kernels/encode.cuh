@@ -4,9 +4,9 @@
 // Definitions: D (head size), PLANES (planes per token, a multiple of 16), IS_KEY (1: K's order in records, 0: V's), GAIN (0: least squares, 1: unbiased,
 // 2: search).
 //
-// u is [rows, units * 128, D] float32, rows = sequences x KV heads. A block of threads does one unit: codes of its 128 tokens go to shared memory, then to
-// `records`, which points to the side's first byte of the first unit; units are record_bytes apart, rows row_stride. gains [rows, units * 128] are bytes in token
-// order, error [rows, units * 128] is |z - z^|^2 in the metric of the basis. Launch rows * units blocks of THREADS threads.
+// u are the whitened coordinates that whiten.cu makes, rows = sequences x KV heads. A block of threads does one unit: codes of its 128 tokens go to shared memory,
+// then to `records`, which points to the side's first byte of the first unit; units are record_bytes apart, rows row_stride. gains [rows, units * 128] are bytes
+// in token order, error [rows, units * 128] is |z - z^|^2 in the metric of the basis. Launch rows * units blocks of THREADS threads.
 //
 // Sums are in another order than the reference's, so a coordinate within a rounding of a cell's border, or two gains or paths whose errors agree to the last
 // bits, may come out on the other side: equally good codes.

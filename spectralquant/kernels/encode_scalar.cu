@@ -4,7 +4,8 @@
 #define WARPS (THREADS / 32)
 #define PER_LANE ((D + 31) / 32)
 
-// Scalar planes (see encode.cuh for what is written): one warp per token. step, top (2^b - 1), scale [heads, D]; coordinate, shift [heads, PLANES]: what each plane holds.
+// Scalar planes (see encode.cuh for what is written): one warp per token. u [rows, units * 128, D]; step, top (2^b - 1), scale [heads, D]; coordinate, shift
+// [heads, PLANES]: what each plane holds.
 extern "C" __global__ void __launch_bounds__(THREADS) encode_scalar(
     const float* __restrict__ u,
     const float* __restrict__ step,
