@@ -142,7 +142,7 @@ def with_measured(profile: Profile, windows: HeldOut, preset: CompressionPreset,
         planes, gains, _, _ = codec.encode(layer.keys, layer.values, slots, start)
         error = codec.key_error(layer.keys, planes, gains, slots, start)
         typical = float(error[:, config.sinks :].median())
-        exact = replace(codec, exact_error=profile.choices.exact_error * typical).exact_need(layer.values, error) > 1
+        exact = replace(codec, exact_error=profile.choices.exact_error * typical).exact_need(codec.value_size(layer.values), error) > 1
         packed = (slots >= config.sinks) & (slots < (len(slots) - config.window) // UNIT * UNIT)
         mass = missing_mass(windows.asked[index], layer.keys, codec.decode_keys(planes, gains, slots, start), packed & ~exact)
         layers[index] = replace(

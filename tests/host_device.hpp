@@ -123,6 +123,8 @@ static unsigned __ballot_sync(unsigned, int predicate) {
     return found;
 }
 static int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+static void sincospi(double x, double* sin, double* cos) { *sin = std::sin(M_PI * std::fmod(x, 2.)), *cos = std::cos(M_PI * std::fmod(x, 2.)); }
+static int __popc(unsigned x) { return __builtin_popcount(x); }
 static int __ffs(unsigned x) { return __builtin_ffs((int)x); }
 static unsigned __float_as_uint(float x) { unsigned y; std::memcpy(&y, &x, 4); return y; }
 static float __uint_as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); return y; }

@@ -45,6 +45,7 @@ static void copy16_async(u32 to, const void* from_global) { std::memcpy(shared +
 static void commit_copies() {}
 template <int PENDING> static void wait_copies() {}
 static Quad32 load_shared16(u32 address) { Quad32 v; std::memcpy(&v, shared + address, 16); return v; }
+static float load_shared(u32 address, int offset) { float v; std::memcpy(&v, shared + address + offset, 4); return v; }
 static float load_global(const float* p) { return *p; }
 static Float4 load_global16(const float* p) { return *(const Float4*)p; }
 static int warp_sum(int x) {

@@ -2,6 +2,7 @@
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 
+_WHITEN = {"D": 128, "DTYPE": 2, "RUN": 256, "PAIRS": 64, "INTERLEAVED": 0, "TRAJECTORY": 1, "BY_COORDINATE": 0, "SIZES": 0}
 _ATTEND = {
     "D": 128,
     "CK": 8,
@@ -25,11 +26,18 @@ REPRESENTATIVE: dict[str, list[dict[str, int]]] = {
         {**_ATTEND, "COLUMNS": 2, "D": 256, "CK": 17, "CV": 19, "TRANSFORM_IN_SHARED": 0, "TABLE_IN_SHARED": 0, "USE_SOFTCAP": 1, "IS_BF16": 0},
         {**_ATTEND, "D": 80, "CK": 5, "CV": 6, "RUN": 0, "CB": 0, "SPLIT_BIAS": 0, "USE_SINKS": 1},
     ],
+    "whiten.cu": [
+        _WHITEN,
+        {**_WHITEN, "RUN": 0, "PAIRS": 0, "TRAJECTORY": 0, "BY_COORDINATE": 1, "SIZES": 1},
+        {**_WHITEN, "D": 240, "DTYPE": 1, "PAIRS": 60, "INTERLEAVED": 1, "TRAJECTORY": 0},
+        {**_WHITEN, "D": 80, "DTYPE": 0, "PAIRS": 10},
+    ],
     "encode_scalar.cu": [{"D": 128, "PLANES": 128, "IS_KEY": 1, "GAIN": 2}, {"D": 80, "PLANES": 96, "IS_KEY": 0, "GAIN": 1}],
     "encode_joint.cu": [
-        {"D": 128, "PLANES": 160, "IS_KEY": 0, "GAIN": 1, "BLOCKS": 8},
-        {"D": 256, "PLANES": 304, "IS_KEY": 0, "GAIN": 1, "BLOCKS": 16},
-        {"D": 112, "PLANES": 160, "IS_KEY": 0, "GAIN": 0, "BLOCKS": 4},
+        {"D": 128, "PLANES": 160, "IS_KEY": 0, "GAIN": 1, "BLOCKS": 8, "SIDE": 4},
+        {"D": 256, "PLANES": 304, "IS_KEY": 0, "GAIN": 1, "BLOCKS": 16, "SIDE": 4},
+        {"D": 112, "PLANES": 160, "IS_KEY": 0, "GAIN": 0, "BLOCKS": 4, "SIDE": 1},
     ],
+    "exact.cu": [{"D": 128, "KEY_PLANES": 144, "VALUE_PLANES": 160}],
     "dense.cu": [{"KEY_PLANES": key, "VALUE_PLANES": value, "IS_KEY": side} for key, value in ((144, 160), (16, 48)) for side in (0, 1)],
 }

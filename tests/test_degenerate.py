@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 from spectralquant import SpectralQuantEngine, get_default_calibration_texts
 from spectralquant.attention import hf
 from spectralquant.attention.reference import attend
+from spectralquant.cache.exact import EARLY
 from spectralquant.cache.hf import cache_argument
-from spectralquant.cache.segment import EARLY, Segment
+from spectralquant.cache.segment import Segment
 from spectralquant.calibration import fit
 from spectralquant.calibration.hf import SKIP, TOKENS_PER_DIMENSION, ModelStatistics, collect
 from spectralquant.calibration.statistics import LayerStatistics
@@ -222,7 +223,7 @@ def test_exact_need_ignores_heads_without_values(zeros: int) -> None:
     values[:, :, 100] *= 1e-3
     statistics = hand_made(torch.randn(6, 400, HEAD), torch.randn(6, 400, HEAD), values[0])
     codec = build_codec(fit.fit_profile(statistics, Choices()), HIGH, NO_DIALS)[0]
-    need = codec.exact_need(values, torch.zeros(1, 400))[0]
+    need = codec.exact_need(codec.value_size(values), torch.zeros(1, 400))[0]
     others = torch.cat([need[:100], need[101:]])
     assert (others < 1).all()
     assert (need[100] > 3 * others.max()) == (zeros < 4)

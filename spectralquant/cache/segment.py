@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from spectralquant.backend import choose_for_feature, resolve_backend
+from spectralquant.cache import exact, exact_cuda
 from spectralquant.codec.codec import LayerCodec
-from spectralquant.codec.layout import MASKED_GAIN, UNIT, pack_gains
+from spectralquant.codec.layout import UNIT
 from spectralquant.codec.packed import PackedKV
 from spectralquant.codec.units import encode_units
 from spectralquant.config import CacheConfig
 from spectralquant.errors import BackendError, ShapeError
 
-EARLY = 4
-"""Exact tokens that a layer may have beyond its share: secondary sinks come at the first delimiters of a text, before a share allows any. Like the
-sinks they are few per sequence, whatever its length."""
 EXACT_AHEAD = 5
 """Exact tokens that a unit may bring (`max_exact_share` of 128)."""
 
@@ -160,50 +158,37 @@ class Segment:
         """Encode slots packed .. packed + T - 1; T a multiple of 128. `reserve`: tokens still to come, this call's included."""
         keys, values = keys.to(self.recent_keys.dtype), values.to(self.recent_keys.dtype)  # the same bits whether they waited in the window or not
         count = keys.shape[-2]
-        slots = torch.arange(self.packed, self.packed + count, device=keys.device)
         self._reserve_units((self.packed + reserve) // UNIT)
         records = self.records[:, :, self.packed // UNIT : (self.packed + count) // UNIT]
-        gains, value_gains, key_error = encode_units(self.codec, keys, values, self.packed, self.start, records, self.encode_kernels)
-        exact = self._choose_exact(values, slots, key_error)
-        masked = (exact | (slots[None] < self.start[:, None]))[:, None]
-        _, key_bytes, _, value_bytes = self.codec.layout.split(records)
-        key_bytes.copy_(pack_gains(gains.masked_fill(masked, MASKED_GAIN).unflatten(2, (-1, UNIT))))
-        value_bytes.copy_(pack_gains(value_gains.masked_fill(masked, MASKED_GAIN).unflatten(2, (-1, UNIT))))
-        self._store_exact(exact, slots, keys, values)
+        encoded = encode_units(self.codec, keys, values, self.packed, self.start, records, self.encode_kernels)
+        choose = exact_cuda.choose_exact if self.encode_kernels else exact.choose_exact
+        chosen = choose(self.codec, self.config, encoded, self.packed, self.start, self.secondary, records)
+        self._store_exact(chosen, keys, values)
+        self.secondary = chosen.secondary
         self.packed += count
 
-    def _choose_exact(self, values: Tensor, slots: Tensor, key_error: Tensor) -> Tensor:
-        """[B, T] bool: sinks, and within the bound the tokens that the code would serve badly; key_error [B, T]."""
-        position = slots[None] - self.start[:, None]
-        sinks = (position >= 0) & (position < self.config.sinks)
-        need = self.codec.exact_need(values, key_error)
-        wanted = (need > 1) & (position >= self.config.sinks)
-        secondary = self._within_bound(need.masked_fill(~wanted, 0.0))
-        self.secondary = self.secondary + secondary.sum(-1)
-        return sinks | secondary
-
-    def _within_bound(self, need: Tensor) -> Tensor:
-        """The entries of `need` [B, T] to keep exact: positive ones, unit by unit the largest first, such that after every unit at most
-        `EARLY` and a share `exact_bound` of the tokens packed so far are exact. What came in one piece or in many makes no difference."""
-        by_unit = need.unflatten(1, (-1, UNIT))
-        tokens = self.packed + UNIT * torch.arange(1, by_unit.shape[1] + 1, device=need.device, dtype=torch.float64)
-        share = min(self.codec.exact_bound, self.config.max_exact_share)
-        allowed = (tokens * share).long() + (EARLY if share else 0)
-        wanted = (by_unit > 0).sum(-1).cumsum(1)
-        # used_u = min(used_{u-1} + wanted_u, allowed_u), written out: the tightest of all bounds so far.
-        used = wanted + torch.minimum((allowed - wanted).cummin(1).values, self.secondary[:, None])
-        taken = used.diff(dim=1, prepend=self.secondary[:, None])
-        rank = by_unit.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-        return ((by_unit > 0) & (rank < taken[..., None])).flatten(1)
-
-    def _store_exact(self, exact: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        used = (self.exact_slots >= 0).sum(-1)
-        self._reserve_exact(int((used + exact.sum(-1)).max()))
-        for row, (offset, count) in enumerate(zip(used.tolist(), exact.sum(-1).tolist(), strict=True)):
-            at = exact[row].nonzero()[:, 0]
-            self.exact_slots[row, offset : offset + count] = slots[at].int()
-            self.exact_keys[row, :, offset : offset + count] = keys[row][:, at]
-            self.exact_values[row, :, offset : offset + count] = values[row][:, at]
+    def _store_exact(self, chosen: exact.ExactTokens, keys: Tensor, values: Tensor) -> None:
+        """Copy exact tokens of keys and values [B, H, T, D], slots packed .., behind the entries in use: sinks come first in every sequence, so how many
+        entries are in use follows from the slot and `secondary`."""
+        first, sinks = self.packed, self.config.sinks
+        *counts, padding = torch.stack([self.secondary, chosen.secondary, self.start]).tolist()
+        used, total = (
+            [n + exact.sinks_among(slot, pad, sinks) for n, pad in zip(row, padding, strict=True)]
+            for row, slot in zip(counts, (first, first + keys.shape[2]), strict=True)
+        )
+        most = max(after - before for before, after in zip(used, total, strict=True))
+        if not most:
+            return
+        self._reserve_exact(max(total))
+        store = self.exact_slots, self.exact_keys, self.exact_values
+        if self.encode_kernels:
+            exact_cuda.plan_copies(self.codec.layout, chosen, self.secondary, first, self.start, sinks, most, keys, values, store).run(keys.device)
+            return
+        for row, (before, after) in enumerate(zip(used, total, strict=True)):
+            at = chosen.tokens[row, : after - before].long()
+            self.exact_slots[row, before:after] = (first + at).int()
+            self.exact_keys[row, :, before:after] = keys[row][:, at]
+            self.exact_values[row, :, before:after] = values[row][:, at]
 
     def _reserve_units(self, need: int) -> None:
         have = self.records.shape[2]

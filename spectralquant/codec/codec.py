@@ -73,9 +73,10 @@ class SideCodec:
         return self._search(u, codes) if self.gain == "search" else (planes, codes)
 
     def _gain(self, z: Tensor, shape: Tensor) -> Tensor:
-        cross = (z * shape).sum(-1, keepdim=True).clamp_min(TINY)
-        if self.gain == "unbiased":
-            return ((z * z).sum(-1, keepdim=True) / cross).clamp_min(EPS)
+        product = (z * shape).sum(-1, keepdim=True)
+        cross = product.clamp_min(TINY)
+        if self.gain == "unbiased":  # below EPS a vector's shape is chance, and may point away from it
+            return torch.where(product > 0, (z * z).sum(-1, keepdim=True) / cross, 0.0).clamp_min(EPS)
         return (cross / (shape * shape).sum(-1, keepdim=True).clamp_min(TINY)).clamp_min(EPS)
 
     def _search(self, u: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,17 +164,21 @@ class LayerCodec:
         """Errors of K [B, H, T] as a multiple of the expected one, mean over heads, [B, T]."""
         return error.mean(1) / max(self.key_expected, EPS)
 
-    def exact_need(self, values: Tensor, key_error: Tensor) -> Tensor:
+    def value_size(self, values: Tensor) -> Tensor:
+        """|v|^2 of values [B, H, T, D], [B, H, T] float32."""
+        return values.float().square().sum(-1)
+
+    def exact_need(self, value_size: Tensor, key_error: Tensor) -> Tensor:
         """How much tokens should stay exact, [B, T]: above 1 they should, the higher the more. Those are secondary attention sinks, whose value is
         far smaller than usual, and tokens whose K code is far off.
 
         Args:
-            values: [B, H, T, D].
+            value_size: [B, H, T] from `value_size`.
             key_error: [B, T] from `key_error`.
         """
         need = torch.zeros_like(key_error)
         if self.exact_below > 0:
-            size = (values.float().square().sum(-1).clamp_min(NORM_FLOOR) / self.value_norm[:, None]).mean(1)
+            size = (value_size.clamp_min(NORM_FLOOR) / self.value_norm[:, None]).mean(1)
             need = self.exact_below / size.clamp_min(1e-12)
         if self.exact_error > 0:
             need = torch.maximum(need, key_error / self.exact_error)
@@ -345,7 +350,7 @@ def _build_side(side: SideProfile, bits: Tensor, gain: str, scalar: str, book: T
     """Constants of one side: jointly quantized with the codebooks `book`, or without any by the scalar quantizer `scalar`."""
     scale = side.variance.double().clamp_min(1e-20).sqrt()
     inverse = scale[..., None] * torch.linalg.inv(side.basis.double())
-    encode = (side.basis.double() / scale[:, None]).float()
+    encode = (side.basis.double() / scale[:, None]).float().contiguous()  # kernels read rows, a basis may come transposed
 
     def quantizer(where: torch.device) -> Quantizer:
         if book is None:

@@ -1,5 +1,6 @@
 """Keys and values into packed units, and units into planes: by the CUDA kernels where they can, by PyTorch everywhere else."""
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -11,7 +12,23 @@ from spectralquant.codec.encode_cuda import FusedEncoder, can_encode
 from spectralquant.codec.layout import UNIT, RecordLayout, gain_values, pack_planes, unpack_gains, unpack_planes
 
 
-def encode_units(codec: LayerCodec, keys: Tensor, values: Tensor, first: int, start: Tensor, records: Tensor, kernels: bool) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True, slots=True)
+class EncodedUnits:
+    """What is known of tokens whose codes are in the store.
+
+    Attributes:
+        gains, value_gains: [B, H, T] uint8, gain codes of K and V.
+        key_error: [B, H, T] float32, |z - z^|^2 of K.
+        value_size: [B, H, T] float32, |v|^2.
+    """
+
+    gains: Tensor
+    value_gains: Tensor
+    key_error: Tensor
+    value_size: Tensor
+
+
+def encode_units(codec: LayerCodec, keys: Tensor, values: Tensor, first: int, start: Tensor, records: Tensor, kernels: bool) -> EncodedUnits:
     """Write the codes of whole units into a store. Gains are left to the caller, who knows which tokens stay exact.
 
     Args:
@@ -21,19 +38,18 @@ def encode_units(codec: LayerCodec, keys: Tensor, values: Tensor, first: int, st
         start: [B] int64, slots of left padding.
         records: [B, H, T / 128, record_bytes] uint8, the units to write, a part of a contiguous store.
         kernels: Whether CUDA kernels may do it.
-
-    Returns:
-        K gain codes and V gain codes [B, H, T] uint8, and `LayerCodec.key_error` [B, T].
     """
-    centred, centred_values = codec.centre_units(keys, first, start), codec.centre_values(values)
     if kernels and can_encode(codec):
-        return _encoder_on(keys.device).encode(codec, centred, centred_values, records)
+        key, value, value_size = _encoder_on(keys.device).encode(codec, keys, values, first, start, records)
+        assert key.error is not None
+        return EncodedUnits(key.gains, value.gains, key.error, value_size)
+    centred, centred_values = codec.centre_units(keys, first, start), codec.centre_values(values)
     planes, gains = codec.key.encode(centred)
     value_planes, value_gains = codec.value.encode(centred_values)
     key_codes, _, value_codes, _ = codec.layout.split(records)
     key_codes.copy_(pack_planes(planes.unflatten(2, (-1, UNIT)), "key"))
     value_codes.copy_(pack_planes(value_planes.unflatten(2, (-1, UNIT)), "value"))
-    return gains, value_gains, codec.relative_error(codec.key.error(centred, planes, gains))
+    return EncodedUnits(gains, value_gains, codec.key.error(centred, planes, gains), codec.value_size(values))
 
 
 def unpack_units(layout: RecordLayout, records: Tensor, which: str, kernels: bool) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,9 @@
 // Definitions: D (head size), PLANES (planes per token, a multiple of 16), IS_KEY (1: K's order in records, 0: V's), GAIN (0: least squares, 1: unbiased,
 // 2: search).
 //
-// u is [rows, units * 128, D] float32, rows = sequences x KV heads. A block of threads does one unit: codes of its 128 tokens go to shared memory, then to
-// `records`, which points to the side's first byte of the first unit; units are record_bytes apart, rows row_stride. gains [rows, units * 128] are bytes in token
-// order, error [rows, units * 128] is |z - z^|^2 in the metric of the basis. Launch rows * units blocks of THREADS threads.
+// u are the whitened coordinates that whiten.cu makes, rows = sequences x KV heads. A block of threads does one unit: codes of its 128 tokens go to shared memory,
+// then to `records`, which points to the side's first byte of the first unit; units are record_bytes apart, rows row_stride. gains [rows, units * 128] are bytes
+// in token order, error [rows, units * 128] is |z - z^|^2 in the metric of the basis. Launch rows * units blocks of THREADS threads.
 //
 // Sums are in another order than the reference's, so a coordinate within a rounding of a cell's border, or two gains or paths whose errors agree to the last
 // bits, may come out on the other side: equally good codes.
@@ -16,7 +16,6 @@
 #error "define D, PLANES, IS_KEY and GAIN"
 #endif
 
-#define THREADS 256
 #define EPS 1e-9f   // of codec/quantizer.py
 #define TINY 1e-30f  // of codec/codec.py
 
@@ -35,11 +34,11 @@ __device__ __forceinline__ float gain_of(int code) { return exp2f((code - GAIN_O
 // zz = <z, z>, cross = <z, q>, qq = <q, q> of a vector and its quantized shape.
 __device__ __forceinline__ float fitted_gain(float zz, float cross, float qq) {
     const float safe = fmaxf(cross, TINY);
-    return fmaxf(GAIN == 1 ? zz / safe : safe / fmaxf(qq, TINY), EPS);
+    return fmaxf(GAIN != 1 ? safe / fmaxf(qq, TINY) : cross > 0.f ? zz / safe : 0.f, EPS);
 }
 
 // Codes of a unit in shared memory to the order of records; `code(token, plane)` gives 0..3.
-template <class Code>
+template <int THREADS, class Code>
 __device__ __forceinline__ void write_codes(u8* to, Code code) {
     for (int i = threadIdx.x; i < PLANES / CHUNK_PLANES * 128; i += THREADS) {
         const int chunk = i / 128, lane = i / 4 % 32, a = i % 4;

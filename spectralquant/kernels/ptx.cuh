@@ -90,6 +90,13 @@ __device__ __forceinline__ int warp_max(int x) {
     return y;
 }
 
+// The float at `address + offset` in shared memory; the offset is known at compile time.
+__device__ __forceinline__ float load_shared(u32 address, int offset) {
+    float v;
+    asm volatile("ld.shared.f32 %0,[%1];" : "=f"(v) : "r"(address + offset));
+    return v;
+}
+
 // Reads and writes that other blocks take part in: through the L2, past the L1.
 __device__ __forceinline__ float load_global(const float* p) {
     float v;

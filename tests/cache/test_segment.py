@@ -1,13 +1,12 @@
 """One layer's storage."""
 
-from dataclasses import replace
-
 import pytest
 import synthetic
 import torch
 
 from spectralquant.backend import BackendChoice
-from spectralquant.cache.segment import EARLY, Segment
+from spectralquant.cache.exact import EARLY
+from spectralquant.cache.segment import Segment
 from spectralquant.codec.codec import LayerCodec, build_codec
 from spectralquant.codec.layout import UNIT
 from spectralquant.config import CacheConfig, Dials
@@ -88,25 +87,6 @@ def test_update_keeps_badly_coded_keys_exact(codec: LayerCodec) -> None:
     assert set(odd) <= set(found) and len([s for s in found if s >= CONFIG.sinks]) == len(odd)
     got, _ = content(segment)
     torch.testing.assert_close(got[:, :, odd], keys[:, :, odd], rtol=2e-3, atol=2e-3)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.04])
-@pytest.mark.parametrize("wanted", [0.005, 0.03, 0.5])
-@pytest.mark.parametrize("by_codec", [False, True])
-def test_within_bound_takes_the_neediest_of_every_unit(codec: LayerCodec, share: float, wanted: float, by_codec: bool) -> None:
-    """Against the rule applied unit by unit in plain Python."""
-    config, bound = (CacheConfig(), share) if by_codec else (CacheConfig(max_exact_share=share), 1.0)
-    segment = Segment(replace(codec, exact_bound=bound), config, random_kv(codec, 1)[0], torch.zeros(2, dtype=torch.int64))
-    need = torch.rand(2, 12 * UNIT) * (torch.rand(2, 12 * UNIT) < wanted)
-    got = segment._within_bound(need)
-    for row in range(2):
-        used = 0
-        for unit in range(12):
-            mine = need[row, unit * UNIT : (unit + 1) * UNIT]
-            count = min(int((mine > 0).sum()), int(share * UNIT * (unit + 1)) + (EARLY if share else 0) - used)
-            used += count
-            want = set(mine.argsort(descending=True)[:count].tolist())
-            assert set(got[row, unit * UNIT : (unit + 1) * UNIT].nonzero()[:, 0].tolist()) == want
 
 
 def test_update_rejects_other_heads(codec: LayerCodec) -> None:

@@ -1,5 +1,6 @@
 """Encode and decode against the formulas of the module."""
 
+from dataclasses import replace
 from typing import Any
 
 import oracles
@@ -322,3 +323,12 @@ def test_centre_units_is_centre_keys(first: int, choices: dict[str, Any], pairs:
     codec = build_codec(profile, PRESETS["high"], Dials())[0]
     keys, start = torch.randn(2, 2, 384, 64), torch.tensor([0, 37])
     assert torch.equal(codec.centre_units(keys, first, start), codec.centre_keys(keys, torch.arange(first, first + 384), start))
+
+
+def test_encode_matrix_is_laid_out_for_kernels() -> None:
+    """Eigenvectors may come transposed; kernels read rows."""
+    profile = synthetic.profile(2, 64, (0,))
+    layer = profile.layers[0]
+    key, value = (replace(side, basis=side.basis.mT.contiguous().mT) for side in (layer.key, layer.value))
+    codec = build_codec(replace(profile, layers={0: replace(layer, key=key, value=value)}), HIGH, NO_DIALS)[0]
+    assert codec.key.encode_matrix.is_contiguous() and codec.value.encode_matrix.is_contiguous()
