@@ -5,9 +5,9 @@ counts in `nbytes`. A token enters the window exact. When the window holds 128 t
 oldest 128 are packed at the start of the next update, so attention always sees the tokens of its own call exactly. Updates
 that do not fit the window (prefill, chunks) go through a temporary copy, at most one layer's at a time.
 
-What decoding repeats, `encode_block`, `store_block` and `append`, is a fixed sequence of launches: where to write follows from tensors (`lengths`, `secondary`), so
-a CUDA graph can replay it. The host keeps counts of its own for shapes and room (`count_block`, `count_step`) and asks the device for one number only: how many
-exact tokens a block leaves, `exact_need`, which is known once the block is encoded, before its tokens leave the window.
+What decoding repeats, `encode_block`, `store_block` and `append`, is a fixed sequence of launches: where to write follows from tensors (`lengths`,
+`secondary`), so a CUDA graph can replay it. The host keeps counts of its own for shapes and room (`count_block`, `count_step`) and asks the device for one
+number only: how many exact tokens there are with those of a block, `exact_need`, known once it is encoded, before it leaves the window.
 
 Exact tokens are 16-bit, as in the FP16 cache this one replaces: models in float16 and bfloat16 keep their own dtype, float32 models
 use float16, or bfloat16 where calibration saw values within a factor 4 of float16's range.
@@ -80,13 +80,11 @@ class Segment:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor whose storage this segment holds (the codec's constants are counted apart)."""
-        return [*self.read(), self.secondary]
+        return [*self.encode_tensors(), self.exact_keys, self.exact_values, self.exact_slots]
 
-    def read(self) -> list[Tensor]:
-        """The tensors that attention reads, and those that `append` writes."""
-        return [
-            self.records, self.recent_keys, self.recent_values, self.exact_keys, self.exact_values, self.exact_slots, self.start, self.lengths,
-        ]  # fmt: skip
+    def encode_tensors(self) -> list[Tensor]:
+        """Those that `encode_block` uses: all but the exact store."""
+        return [self.records, self.recent_keys, self.recent_values, self.start, self.lengths, self.secondary]
 
     def update(self, keys: Tensor, values: Tensor) -> PackedKV | None:
         """Append keys and values [B, H, T, D]. Returns what attention reads, or None when nothing was stored before."""
@@ -109,6 +107,11 @@ class Segment:
     def tokens_left(self) -> int:
         """Tokens that the window has room for; without any its oldest block is due."""
         return self.config.window + UNIT - self.recent
+
+    @property
+    def can_encode(self) -> bool:
+        """Whether the window holds a block that is not encoded."""
+        return self.recent >= UNIT and not self.encoded
 
     @property
     def run_offset(self) -> int:
@@ -271,15 +274,16 @@ class Segment:
         self.secondary += (exact & (slots[None] - self.start[:, None] >= self.config.sinks)).sum(-1)
         self.lengths[:, 0] += exact.shape[1] // UNIT
 
-    def reserve_unit(self) -> None:
-        """Make room for one more unit than count."""
-        self._reserve_units(self.packed // UNIT + 1)
+    def reserve_unit(self) -> bool:
+        """Make room for one more unit than count. Returns whether the store has moved."""
+        return self._reserve_units(self.packed // UNIT + 1)
 
-    def _reserve_units(self, need: int) -> None:
+    def _reserve_units(self, need: int) -> bool:
         have = self.records.shape[2]
         if need > have:
             size = max(need + self.ahead, have + have // 8)
             self.records = _grow(self.records, 2, size, fill=0)
+        return need > have
 
     def reserve_exact(self, need: int) -> None:
         """Make room for `need` entries of the exact store."""
@@ -316,9 +320,9 @@ class Segment:
 
     def map_batch(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn`, which picks rows of dimension 0 and returns new storage, to every tensor."""
-        self.records, self.recent_keys, self.recent_values, self.exact_keys, self.exact_values, self.exact_slots, self.start, self.lengths, self.secondary = (
-            fn(t) for t in self.tensors()
-        )
+        mapped = [fn(t) for t in self.tensors()]
+        self.records, self.recent_keys, self.recent_values, self.start, self.lengths, self.secondary, *mapped = mapped
+        self.exact_keys, self.exact_values, self.exact_slots = mapped
         self._padding = None
 
     def copy(self) -> "Segment":
