@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from spectralquant import decode_graph
+from spectralquant.cache.segment import Segment
 from spectralquant.decode_graph import Captured, CaptureError, DecodeGraph
 
 _WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default, torch.ops.aten.equal.default}
@@ -76,14 +79,40 @@ class Event:
 
 
 class DoubledGraph(DecodeGraph):
-    """Packing is a tape; what a step needs of the host can't be."""
+    """Graphs of packing are tapes; those of steps are what `step_double` says."""
+
+    step_double: type = Rerun
+    _double: type = Tape
+
+    def _step(self, inputs: dict[str, Any], segments: list[Segment]) -> Any:
+        self._double = self.step_double
+        try:
+            return super()._step(inputs, segments)
+        finally:
+            self._double = Tape
 
     def _capture(self, launch: Callable[[], Any], places: Any) -> Captured:
         try:
-            graph: Any = Rerun(launch) if "forward" in launch.__code__.co_names else Tape(launch)
+            graph = self._double(launch)
         except RuntimeError as error:
             raise CaptureError(str(error)) from error
         return Captured(graph, graph.output, places)
 
     def _run(self, launch: Callable[[], Any]) -> Any:
         return launch()
+
+
+def use_doubles(monkeypatch: pytest.MonkeyPatch, graph: type[DecodeGraph] = DoubledGraph) -> list[Any]:
+    """Take steps as if there were a GPU. Returns the list that graphs go to when they are made."""
+    made: list[Any] = []
+
+    def make(*args: Any) -> DecodeGraph:
+        made.append(graph(*args))
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(decode_graph, "DecodeGraph", make)
+    monkeypatch.setattr(decode_graph, "_can_graph", lambda model, cache: cache.layers[0].config.cuda_graphs)
+    return made

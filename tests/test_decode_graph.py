@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from graph_doubles import DoubledGraph, Event
+from graph_doubles import DoubledGraph, use_doubles
 from tiny_models import TinyTokenizer, tiny_model
 from transformers import PreTrainedModel
 
-from spectralquant import decode_graph
 from spectralquant.cache.segment import Segment
 from spectralquant.config import CacheConfig
 from spectralquant.corpus import get_default_calibration_texts
@@ -91,18 +90,7 @@ def test_takes_plain_steps_alone(engine: SpectralQuantEngine, llama: PreTrainedM
 @pytest.fixture
 def doubles(monkeypatch: pytest.MonkeyPatch) -> list[DoubledGraph]:
     """The graphs that were made; steps are taken as if there were a GPU."""
-    made: list[DoubledGraph] = []
-
-    def make(*args: Any) -> DoubledGraph:
-        made.append(DoubledGraph(*args))
-        return made[-1]
-
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(decode_graph, "DecodeGraph", make)
-    monkeypatch.setattr(decode_graph, "_can_graph", lambda model, cache: cache.layers[0].config.cuda_graphs)
-    return made
+    return use_doubles(monkeypatch)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
@@ -206,7 +194,8 @@ def test_logits_are_the_same_with_and_without_graphs(dtype: torch.dtype, error: 
 def test_generate_on_the_device(options: dict[str, Any]) -> None:
     engine, model = engine_on_gpu(torch.bfloat16)
     ids = torch.randint(3, 99, (2, 300), device="cuda")
-    out = model.generate(ids, past_key_values=engine.cache(model), max_new_tokens=150, min_new_tokens=150, pad_token_id=0, **options)
+    cache = engine.cache(model)  # before `generate` is looked up: the model gets ours here
+    out = model.generate(ids, past_key_values=cache, max_new_tokens=150, min_new_tokens=150, pad_token_id=0, **options)
     assert out.shape == (2, 450) and torch.equal(out[:, :300], ids)
 
 
