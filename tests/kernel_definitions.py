@@ -38,6 +38,6 @@ REPRESENTATIVE: dict[str, list[dict[str, int]]] = {
         {"D": 256, "PLANES": 304, "IS_KEY": 0, "GAIN": 1, "BLOCKS": 16, "SIDE": 4},
         {"D": 112, "PLANES": 160, "IS_KEY": 0, "GAIN": 0, "BLOCKS": 4, "SIDE": 1},
     ],
-    "exact.cu": [{"D": 128, "KEY_PLANES": 144, "VALUE_PLANES": 160}],
+    "exact.cu": [{"D": 128}, {"D": 80}],
     "dense.cu": [{"KEY_PLANES": key, "VALUE_PLANES": value, "IS_KEY": side} for key, value in ((144, 160), (16, 48)) for side in (0, 1)],
 }

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from graph_doubles import DoubledGraph, use_doubles
 from tiny_models import TinyTokenizer, tiny_model
 from transformers import PreTrainedModel
 
-from spectralquant import decode_graph
 from spectralquant.cache.segment import Segment
 from spectralquant.config import CacheConfig
 from spectralquant.corpus import get_default_calibration_texts
@@ -87,63 +87,16 @@ def test_takes_plain_steps_alone(engine: SpectralQuantEngine, llama: PreTrainedM
     assert graph.takes({**one, **inputs}) == taken
 
 
-class Double:
-    """Stands for a CUDA graph on the CPU: what is captured has run once, and is run again by every replay but the first."""
-
-    def __init__(self) -> None:
-        self.again: Any = None
-        self.fresh = True
-
-    def replay(self) -> None:
-        if not self.fresh:
-            self.again()
-        self.fresh = False
-
-
-class Capture(DecodeGraph):
-    def _capture(self, inputs: dict[str, Any]) -> bool:
-        self._graph = graph = Double()  # pyright: ignore[reportAttributeAccessIssue]
-
-        def run() -> None:
-            with self._stepping():
-                out = self.forward(**self._arguments(inputs))
-            if self._output is None or graph.fresh:
-                self._output = out
-            else:
-                self._output.logits.copy_(out.logits)
-
-        graph.again = run
-        run()
-        self.captures += 1
-        return True
-
-    def _run_once(self, inputs: dict[str, Any], segments: list[Segment]) -> Any:
-        with self._stepping():
-            out = self.forward(**self._arguments(inputs))
-        for segment in segments:
-            segment.count_step()
-        return out
-
-
 @pytest.fixture
-def doubles(monkeypatch: pytest.MonkeyPatch) -> list[Capture]:
+def doubles(monkeypatch: pytest.MonkeyPatch) -> list[DoubledGraph]:
     """The graphs that were made; steps are taken as if there were a GPU."""
-    made: list[Capture] = []
-
-    def make(*args: Any) -> Capture:
-        made.append(Capture(*args))
-        return made[-1]
-
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(decode_graph, "DecodeGraph", make)
-    monkeypatch.setattr(decode_graph, "_can_graph", lambda model, cache: cache.layers[0].config.cuda_graphs)
-    return made
+    return use_doubles(monkeypatch)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
 def test_repeated_steps_are_the_steps(
-    engine: SpectralQuantEngine, llama: PreTrainedModel, llama_calibration: Path, doubles: list[Capture], options: dict[str, Any], padded: bool
+    engine: SpectralQuantEngine, llama: PreTrainedModel, llama_calibration: Path, doubles: list[DoubledGraph], options: dict[str, Any], padded: bool
 ) -> None:
     plain = SpectralQuantEngine(cache_config=CacheConfig(cuda_graphs=False))
     plain.load_calibration(llama_calibration)
@@ -158,22 +111,22 @@ def test_repeated_steps_are_the_steps(
     assert torch.equal(out[0], out[1])
     (graph,) = doubles
     if "num_beams" in options:
-        assert graph.replays < 5  # buffers move at every step
+        assert graph.replays["step"] < 5  # buffers move at every step
     else:
-        assert graph.captures <= 2 and graph.replays >= 145
+        assert graph.captures["step"] <= 2 and graph.replays["step"] >= 145
 
 
-def test_a_step_is_captured_once_in_a_thousand_tokens(engine: SpectralQuantEngine, llama: PreTrainedModel, doubles: list[Capture]) -> None:
+def test_a_step_is_captured_once_in_a_thousand_tokens(engine: SpectralQuantEngine, llama: PreTrainedModel, doubles: list[DoubledGraph]) -> None:
     cache, ids = engine.cache(llama), torch.randint(3, 99, (1, 300))
     with torch.no_grad(), graphed_steps(llama, cache) as graph:
         assert graph is not None
         llama(ids, past_key_values=cache)
         for i in range(600):
             llama(input_ids=ids[:, i % 300 : i % 300 + 1], past_key_values=cache)
-    assert cache.get_seq_length() == 900 and graph.captures <= 3 and graph.replays >= 590
+    assert cache.get_seq_length() == 900 and graph.captures["step"] <= 3 and graph.replays["step"] >= 590
 
 
-def test_generations_that_overlap_leave_the_model_as_it_was(engine: SpectralQuantEngine, llama: PreTrainedModel, doubles: list[Capture]) -> None:
+def test_generations_that_overlap_leave_the_model_as_it_was(engine: SpectralQuantEngine, llama: PreTrainedModel, doubles: list[DoubledGraph]) -> None:
     """As two threads may have them: the first ends inside the second. Steps of a cache that is done go to the model."""
     one, other = engine.cache(llama), engine.cache(llama)
     ids = torch.randint(3, 99, (1, 40))
@@ -187,18 +140,20 @@ def test_generations_that_overlap_leave_the_model_as_it_was(engine: SpectralQuan
             for cache in (one, other):
                 llama(input_ids=ids[:, :1], past_key_values=cache)
     second.__exit__(None, None, None)
-    assert doubles[0].captures == 0 and doubles[1].captures == 1 and one.get_seq_length() == other.get_seq_length() == 43
+    assert not doubles[0].captures and doubles[1].captures["step"] == 1 and one.get_seq_length() == other.get_seq_length() == 43
     with torch.no_grad():
         llama(input_ids=ids[:, :1], past_key_values=other)
-    assert doubles[1].replays == 2
+    assert doubles[1].replays["step"] == 2
     llama.__dict__.pop("forward", None)  # what is left passes everything on
 
 
-def test_a_prefix_serves_follow_ups_by_graphs(engine: SpectralQuantEngine, llama: PreTrainedModel, tokenizer: TinyTokenizer, doubles: list[Capture]) -> None:
+def test_a_prefix_serves_follow_ups_by_graphs(
+    engine: SpectralQuantEngine, llama: PreTrainedModel, tokenizer: TinyTokenizer, doubles: list[DoubledGraph]
+) -> None:
     prefix = engine.compress_prefill(llama, tokenizer, torch.randint(3, 99, (400,)).tolist())
     question = torch.randint(3, 99, (1, 9))
     first, second = (llama.generate(question, past_key_values=prefix["cache"], max_new_tokens=20, pad_token_id=0) for _ in range(2))
-    assert torch.equal(first, second) and len(doubles) == 2 and all(graph.replays >= 15 for graph in doubles)
+    assert torch.equal(first, second) and len(doubles) == 2 and all(graph.replays["step"] >= 15 for graph in doubles)
 
 
 # With a GPU ----------------------------------------------------------------------------------------------------------
@@ -231,7 +186,7 @@ def test_logits_are_the_same_with_and_without_graphs(dtype: torch.dtype, error: 
             step = {"input_ids": ids[:, i : i + 1], "attention_mask": mask[:, : i + 1], "position_ids": position[:, i : i + 1]}
             want, got = (model(**step, past_key_values=each).logits.float() for each in (plain, cache))
             assert (got - want).norm() < error * want.norm(), i
-    assert graph.replays > 390
+    assert graph.replays["step"] > 385
 
 
 @pytest.mark.gpu
@@ -239,7 +194,8 @@ def test_logits_are_the_same_with_and_without_graphs(dtype: torch.dtype, error: 
 def test_generate_on_the_device(options: dict[str, Any]) -> None:
     engine, model = engine_on_gpu(torch.bfloat16)
     ids = torch.randint(3, 99, (2, 300), device="cuda")
-    out = model.generate(ids, past_key_values=engine.cache(model), max_new_tokens=150, min_new_tokens=150, pad_token_id=0, **options)
+    cache = engine.cache(model)  # before `generate` is looked up: the model gets ours here
+    out = model.generate(ids, past_key_values=cache, max_new_tokens=150, min_new_tokens=150, pad_token_id=0, **options)
     assert out.shape == (2, 450) and torch.equal(out[:, :300], ids)
 
 
@@ -252,4 +208,4 @@ def test_a_graph_is_captured_seldom() -> None:
         model(ids, past_key_values=cache)
         for i in range(600):
             model(input_ids=ids[:, i % 300 : i % 300 + 1], past_key_values=cache)
-    assert cache.get_seq_length() == 900 and graph.captures <= 3 and graph.replays >= 590 and "forward" not in model.__dict__
+    assert cache.get_seq_length() == 900 and graph.captures["step"] <= 3 and graph.replays["step"] >= 590 and "forward" not in model.__dict__

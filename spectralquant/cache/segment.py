@@ -5,6 +5,10 @@ counts in `nbytes`. A token enters the window exact. When the window holds 128 t
 oldest 128 are packed at the start of the next update, so attention always sees the tokens of its own call exactly. Updates
 that do not fit the window (prefill, chunks) go through a temporary copy, at most one layer's at a time.
 
+What decoding repeats, `encode_block`, `store_block` and `append`, is a fixed sequence of launches: where to write follows from tensors (`lengths`,
+`secondary`, `chosen`), so a CUDA graph can replay it. The host keeps counts of its own for shapes and room (`count_block`, `count_step`) and asks the device for one
+number only: how many exact tokens there are with those of a block, `exact_need`, known once it is encoded, before it leaves the window.
+
 Exact tokens are 16-bit, as in the FP16 cache this one replaces: models in float16 and bfloat16 keep their own dtype, float32 models
 use float16, or bfloat16 where calibration saw values within a factor 4 of float16's range.
 """
@@ -38,6 +42,8 @@ class Segment:
 
     Attributes:
         ahead: Units more than are needed that a store gets room for when it grows: what a CUDA graph reads should seldom move.
+        encoded: The window's oldest block is in `records` already, as the unit after the last one that counts. Whoever launches `encode_block` sets it.
+        chosen: What stays exact of that block.
 
     Raises:
         ShapeError: `keys` has other heads or another head size than the codec.
@@ -54,6 +60,7 @@ class Segment:
         self.kernels = use_kernels(codec, config, keys.device)
         self.encode_kernels = choose_for_feature("encoding", resolve_backend(config.backend, keys.device)).name == "cuda"
         self.ahead = 0
+        self.encoded = False
         self._padding: tuple[int, ...] | None = None
         self.lengths = torch.zeros((batch, 2), dtype=torch.int32, device=keys.device)  # units packed, tokens in the window
         self.packed = self.recent = 0  # tokens in the packed store and in the window
@@ -65,6 +72,7 @@ class Segment:
         self.exact_values = torch.empty_like(self.exact_keys)
         self.exact_slots = torch.empty((batch, 0), dtype=torch.int32, device=keys.device)
         self.secondary = torch.zeros(batch, dtype=torch.int64, device=keys.device)  # exact tokens besides the sinks
+        self.chosen = exact.ExactTokens(torch.zeros((batch, UNIT), dtype=torch.int32, device=keys.device), torch.zeros_like(self.secondary))
 
     @property
     def length(self) -> int:
@@ -72,13 +80,11 @@ class Segment:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor whose storage this segment holds (the codec's constants are counted apart)."""
-        return [*self.read(), self.secondary]
+        return [*self.encode_tensors(), self.exact_keys, self.exact_values, self.exact_slots]
 
-    def read(self) -> list[Tensor]:
-        """The tensors that attention reads, and those that `append` writes."""
-        return [
-            self.records, self.recent_keys, self.recent_values, self.exact_keys, self.exact_values, self.exact_slots, self.start, self.lengths,
-        ]  # fmt: skip
+    def encode_tensors(self) -> list[Tensor]:
+        """Those that `encode_block` uses: all but the exact store."""
+        return [self.records, self.recent_keys, self.recent_values, self.start, self.lengths, self.secondary, self.chosen.tokens, self.chosen.secondary]
 
     def update(self, keys: Tensor, values: Tensor) -> PackedKV | None:
         """Append keys and values [B, H, T, D]. Returns what attention reads, or None when nothing was stored before."""
@@ -97,16 +103,55 @@ class Segment:
         self._replace_recent(keys, values)
         return view
 
+    @property
+    def tokens_left(self) -> int:
+        """Tokens that the window has room for; without any its oldest block is due."""
+        return self.config.window + UNIT - self.recent
+
+    @property
+    def can_encode(self) -> bool:
+        """Whether the window holds a block that is not encoded."""
+        return self.recent >= UNIT and not self.encoded
+
     def pack_ready(self) -> None:
-        """Pack the blocks of the window that are due."""
-        ready = max(self.recent - self.config.window, 0) // UNIT * UNIT
-        if ready:
-            self._pack_recent(ready)
+        """Pack the window's oldest block if it is due."""
+        if self.tokens_left > 0:
+            return
+        if not self.encoded:
+            self.reserve_unit()
+            self.encode_block()
+        self.reserve_exact(int(self.exact_need()))
+        self.store_block()
+        self.count_block()
+
+    def encode_block(self) -> None:
+        """Write the window's oldest 128 tokens as the unit after the last one that counts. Launches only; room is there (`reserve_unit`)."""
+        keys, values = self.recent_keys[:, :, :UNIT], self.recent_values[:, :, :UNIT]
+        record = self.records.new_empty((*self.records.shape[:2], 1, self.records.shape[3]))
+        chosen = self._encode(keys, values, record)
+        self.records.index_copy_(2, self.lengths[0, 0].long(), record)
+        self.chosen.tokens.copy_(chosen.tokens)
+        self.chosen.secondary.copy_(chosen.secondary)
+
+    def exact_need(self) -> Tensor:
+        """Entries that the exact store needs for the encoded block, a tensor of one int64."""
+        return self._exact_need(self.chosen, 1)
+
+    def store_block(self) -> None:
+        """Move the encoded block out of the window: its exact tokens go to the exact store, and its unit counts. Launches only; room is there
+        (`reserve_exact`); the host's counts follow by `count_block`."""
+        self._store(self.chosen, self.recent_keys[:, :, :UNIT], self.recent_values[:, :, :UNIT])
+        for buffer in (self.recent_keys, self.recent_values):
+            buffer[:, :, :-UNIT] = buffer[:, :, UNIT:].clone()
+        self.lengths[:, 1] -= UNIT
+
+    def count_block(self) -> None:
+        """Note that the encoded block has left the window."""
+        self.packed, self.recent, self.encoded = self.packed + UNIT, self.recent - UNIT, False
 
     def append(self, keys: Tensor, values: Tensor) -> PackedKV:
-        """`update` with one token per sequence, keys and values [B, H, 1, D], in operations that a CUDA graph can repeat: the token goes where `lengths`
-        says, and what attention reads has the same addresses every time. Blocks that are due were packed (`pack_ready`); the host's count of tokens
-        follows `count_step`."""
+        """`update` with one token per sequence, keys and values [B, H, 1, D], in launches alone: the token goes where `lengths` says, and what attention
+        reads has the same addresses every time. The window has room; the host's counts follow by `count_step`."""
         place = self.lengths[:1, 1].long()
         self.recent_keys.index_copy_(2, place, keys.to(self.recent_keys.dtype))
         self.recent_values.index_copy_(2, place, values.to(self.recent_values.dtype))
@@ -143,60 +188,52 @@ class Segment:
         self.recent_values[:, :, : self.recent] = values[:, :, blocks:]
         self._write_lengths()
 
-    def _pack_recent(self, count: int) -> None:
-        self._pack(self.recent_keys[:, :, :count], self.recent_values[:, :, :count], reserve=count)
-        for buffer in (self.recent_keys, self.recent_values):
-            buffer[:, :, : self.recent - count] = buffer[:, :, count : self.recent].clone()
-        self.recent -= count
-        self._write_lengths()
-
     def _write_lengths(self) -> None:
         self.lengths[:, 0] = self.packed // UNIT
         self.lengths[:, 1] = self.recent
 
     def _pack(self, keys: Tensor, values: Tensor, reserve: int) -> None:
-        """Encode slots packed .. packed + T - 1; T a multiple of 128. `reserve`: tokens still to come, this call's included."""
+        """Pack slots packed .. packed + T - 1; T a multiple of 128. `reserve`: tokens still to come, this call's included."""
         keys, values = keys.to(self.recent_keys.dtype), values.to(self.recent_keys.dtype)  # the same bits whether they waited in the window or not
-        count = keys.shape[-2]
-        self._reserve_units((self.packed + reserve) // UNIT)
-        records = self.records[:, :, self.packed // UNIT : (self.packed + count) // UNIT]
-        encoded = encode_units(self.codec, keys, values, self.packed, self.start, records, self.encode_kernels)
+        first, units = self.packed // UNIT, keys.shape[-2] // UNIT
+        self._reserve_units(first + reserve // UNIT)
+        chosen = self._encode(keys, values, self.records[:, :, first : first + units])
+        self.reserve_exact(int(self._exact_need(chosen, units)))
+        self._store(chosen, keys, values)
+        self.packed, self.encoded = self.packed + units * UNIT, False
+
+    def _encode(self, keys: Tensor, values: Tensor, records: Tensor) -> exact.ExactTokens:
+        """Write keys and values [B, H, T, D] of the next units to records [B, H, T / 128, *], and choose what stays exact."""
+        before = self.lengths[0, 0]
+        encoded = encode_units(self.codec, keys, values, before, self.start, records, self.encode_kernels)
         choose = exact_cuda.choose_exact if self.encode_kernels else exact.choose_exact
-        chosen = choose(self.codec, self.config, encoded, self.packed, self.start, self.secondary, records)
-        self._store_exact(chosen, keys, values)
-        self.secondary = chosen.secondary
-        self.packed += count
+        return choose(self.codec, self.config, encoded, before, self.start, self.secondary, records)
 
-    def _store_exact(self, chosen: exact.ExactTokens, keys: Tensor, values: Tensor) -> None:
-        """Copy exact tokens of keys and values [B, H, T, D], slots packed .., behind the entries in use: sinks come first in every sequence, so how many
-        entries are in use follows from the slot and `secondary`."""
-        first, sinks = self.packed, self.config.sinks
-        *counts, padding = torch.stack([self.secondary, chosen.secondary, self.start]).tolist()
-        used, total = (
-            [n + exact.sinks_among(slot, pad, sinks) for n, pad in zip(row, padding, strict=True)]
-            for row, slot in zip(counts, (first, first + keys.shape[2]), strict=True)
-        )
-        most = max(after - before for before, after in zip(used, total, strict=True))
-        if not most:
-            return
-        self._reserve_exact(max(total))
-        store = self.exact_slots, self.exact_keys, self.exact_values
-        if self.encode_kernels:
-            exact_cuda.plan_copies(self.codec.layout, chosen, self.secondary, first, self.start, sinks, most, keys, values, store).run(keys.device)
-            return
-        for row, (before, after) in enumerate(zip(used, total, strict=True)):
-            at = chosen.tokens[row, : after - before].long()
-            self.exact_slots[row, before:after] = (first + at).int()
-            self.exact_keys[row, :, before:after] = keys[row][:, at]
-            self.exact_values[row, :, before:after] = values[row][:, at]
+    def _exact_need(self, chosen: exact.ExactTokens, units: int) -> Tensor:
+        """Entries that the exact store needs once the next `units` are packed, a tensor of one int64."""
+        return exact.entries_used(self.lengths[0, 0] + units, self.start, chosen.secondary, self.config.sinks).max()
 
-    def _reserve_units(self, need: int) -> None:
+    def _store(self, chosen: exact.ExactTokens, keys: Tensor, values: Tensor) -> None:
+        """Copy the chosen tokens of the next units, keys and values [B, H, T, D], to the exact store, and count the units."""
+        store = exact_cuda.store_exact if self.encode_kernels else exact.store_exact
+        to = self.exact_slots, self.exact_keys, self.exact_values
+        store(chosen, self.lengths[0, 0], self.start, self.secondary, self.config.sinks, keys, values, to)
+        self.secondary.copy_(chosen.secondary)
+        self.lengths[:, 0] += keys.shape[2] // UNIT
+
+    def reserve_unit(self) -> bool:
+        """Make room for one more unit than count. Returns whether the store has moved."""
+        return self._reserve_units(self.packed // UNIT + 1)
+
+    def _reserve_units(self, need: int) -> bool:
         have = self.records.shape[2]
         if need > have:
             size = max(need + self.ahead, have + have // 8)
             self.records = _grow(self.records, 2, size, fill=0)
+        return need > have
 
-    def _reserve_exact(self, need: int) -> None:
+    def reserve_exact(self, need: int) -> None:
+        """Make room for `need` entries of the exact store."""
         have = self.exact_slots.shape[1]
         if need > have:
             size = max(need + self.ahead * EXACT_AHEAD, have + have // 8)
@@ -208,6 +245,7 @@ class Segment:
         """Keep the first `length` tokens. Tokens of a block that is cut go back to the window as their code says they are."""
         if length >= self.length:
             return
+        self.encoded = False
         if length >= self.packed:
             self.recent = length - self.packed
             self._write_lengths()
@@ -229,9 +267,9 @@ class Segment:
 
     def map_batch(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn`, which picks rows of dimension 0 and returns new storage, to every tensor."""
-        self.records, self.recent_keys, self.recent_values, self.exact_keys, self.exact_values, self.exact_slots, self.start, self.lengths, self.secondary = (
-            fn(t) for t in self.tensors()
-        )
+        self.records, self.recent_keys, self.recent_values, self.start, self.lengths, self.secondary, *chosen_and_exact = map(fn, self.tensors())
+        *chosen, self.exact_keys, self.exact_values, self.exact_slots = chosen_and_exact
+        self.chosen = exact.ExactTokens(*chosen)
         self._padding = None
 
     def copy(self) -> "Segment":

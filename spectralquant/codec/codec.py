@@ -191,16 +191,16 @@ class LayerCodec:
             x = self.frame.rotary.rotate(x, -self.frame.anchors(slots, start)[:, None])
         return x - self.key_mean(slots)
 
-    def centre_units(self, keys: Tensor, first: int, start: Tensor) -> Tensor:
-        """`centre_keys` of the units from slot `first` on, keys [B, H, T, D] with T and `first` multiples of 128: a unit has one anchor."""
+    def centre_units(self, keys: Tensor, before: Tensor, start: Tensor) -> Tensor:
+        """`centre_keys` of keys [B, H, T, D], T a multiple of 128, in the slots after the first `before` [] units: a unit has one anchor."""
         x, frame = keys.float().unflatten(2, (-1, UNIT)), self.frame
         mean = self.key.mean[:, None, None]
         if frame is not None:
-            slots = first + UNIT * torch.arange(x.shape[2], device=keys.device)
-            x = frame.rotary.rotate(x, -frame.anchors(slots, start)[:, None, :, None])
+            units = before + torch.arange(x.shape[2], device=keys.device)
+            x = frame.rotary.rotate(x, -frame.anchors(UNIT * units, start)[:, None, :, None])
             if frame.trajectory:
                 by_unit = self.key_mean(torch.arange(frame.run, device=keys.device)).unflatten(1, (-1, UNIT))
-                mean = by_unit[:, slots // UNIT % by_unit.shape[1]]
+                mean = by_unit[:, units % by_unit.shape[1]]
         return (x - mean).flatten(2, 3)
 
     def centre_values(self, values: Tensor) -> Tensor:

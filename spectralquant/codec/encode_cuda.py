@@ -70,7 +70,7 @@ class FusedEncoder:
         self.device = device
         self._tables: dict[int, tuple[LayerCodec, Tensor | None]] = {}  # the codec too: its id stays its own
 
-    def encode(self, codec: LayerCodec, keys: Tensor, values: Tensor, first: int, start: Tensor, records: Tensor) -> tuple[Encoding, Encoding, Tensor]:
+    def encode(self, codec: LayerCodec, keys: Tensor, values: Tensor, before: Tensor, start: Tensor, records: Tensor) -> tuple[Encoding, Encoding, Tensor]:
         """Write the codes of whole units into a store; arguments as for `units.encode_units`, of a codec that `can_encode`.
 
         Returns:
@@ -84,11 +84,11 @@ class FusedEncoder:
             self._tables[id(codec)] = (codec, joint_tables(quantizer) if isinstance(quantizer, JointPlanes) else None)
         tables = self._tables[id(codec)][1]
         key_codes, _, value_codes, _ = codec.layout.split(records)
-        white = plan_whitening(codec, keys, first, start, True, False)
+        white = plan_whitening(codec, keys, before, start, True, False)
         white.launch.run(self.device)
         key = plan_scalar(codec.key, white.u, key_codes, True)
         key.launch.run(self.device)
-        white = plan_whitening(codec, values, first, start, False, tables is not None)
+        white = plan_whitening(codec, values, before, start, False, tables is not None)
         white.launch.run(self.device)
         value = plan_scalar(codec.value, white.u, value_codes, False) if tables is None else plan_joint(codec.value, tables, white.u, value_codes)
         value.launch.run(self.device)
@@ -96,13 +96,13 @@ class FusedEncoder:
         return key, value, white.sizes
 
 
-def plan_whitening(codec: LayerCodec, x: Tensor, first: int, start: Tensor, is_key: bool, by_coordinate: bool) -> Whitening:
+def plan_whitening(codec: LayerCodec, x: Tensor, before: Tensor, start: Tensor, is_key: bool, by_coordinate: bool) -> Whitening:
     """Everything of a whitening but the launch, on any device.
 
     Args:
         codec: The layer's codec.
         x: [B, H, T, D], T a multiple of 128; floating point, any strides.
-        first: Slot of the first token, a multiple of 128.
+        before: [] int32, units in front of these.
         start: [B] int64, slots of left padding.
         is_key: Whether x are keys, else values.
         by_coordinate: Order of `Whitening.u`.
@@ -128,7 +128,7 @@ def plan_whitening(codec: LayerCodec, x: Tensor, first: int, start: Tensor, is_k
     }
     turning = (frame.rotary.inv_freq, frame.turns) if frame is not None else (None, None)
     arguments = (
-        x, side.encode_matrix, side.mean, *turning, start, u, sizes, x.stride(0), x.stride(1), x.stride(2), heads, units, first,
+        x, side.encode_matrix, side.mean, *turning, start, before, u, sizes, x.stride(0), x.stride(1), x.stride(2), heads, units,
     )  # fmt: skip
     tiles, columns = _column_tiles(dim)
     shared = 4 * 2 * 16 * (UNIT + 4 + 16 * columns) + 4 * dim

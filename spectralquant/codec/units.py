@@ -28,22 +28,22 @@ class EncodedUnits:
     value_size: Tensor
 
 
-def encode_units(codec: LayerCodec, keys: Tensor, values: Tensor, first: int, start: Tensor, records: Tensor, kernels: bool) -> EncodedUnits:
+def encode_units(codec: LayerCodec, keys: Tensor, values: Tensor, before: Tensor, start: Tensor, records: Tensor, kernels: bool) -> EncodedUnits:
     """Write the codes of whole units into a store. Gains are left to the caller, who knows which tokens stay exact.
 
     Args:
         codec: The layer's codec.
         keys, values: [B, H, T, D], T a multiple of 128.
-        first: Slot of the first of them, a multiple of 128.
+        before: [] int32, units in front of these: a tensor, so that a CUDA graph may repeat the launches for the next ones.
         start: [B] int64, slots of left padding.
         records: [B, H, T / 128, record_bytes] uint8, the units to write, a part of a contiguous store.
         kernels: Whether CUDA kernels may do it.
     """
     if kernels and can_encode(codec):
-        key, value, value_size = _encoder_on(keys.device).encode(codec, keys, values, first, start, records)
+        key, value, value_size = _encoder_on(keys.device).encode(codec, keys, values, before, start, records)
         assert key.error is not None
         return EncodedUnits(key.gains, value.gains, key.error, value_size)
-    centred, centred_values = codec.centre_units(keys, first, start), codec.centre_values(values)
+    centred, centred_values = codec.centre_units(keys, before, start), codec.centre_values(values)
     planes, gains = codec.key.encode(centred)
     value_planes, value_gains = codec.value.encode(centred_values)
     key_codes, _, value_codes, _ = codec.layout.split(records)

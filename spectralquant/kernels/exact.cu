@@ -1,19 +1,21 @@
 // Which of the tokens that were encoded stay exact, what that does to their records, and their copies: three launches, one block of threads for a unit of 128
 // tokens or for a copied token. Reference: cache/exact.py.
 //
-// Definitions: D, KEY_PLANES, VALUE_PLANES (of a record).
+// Definitions: D.
 //
-// A call has the slots `first` .. first + 128 units - 1 of every sequence. Arrays by token are [sequences, 128 units] or [sequences, heads, 128 units], and
-// start [sequences] is slots of left padding. `sinks` are the first tokens of every sequence.
+// A call has the 128 units slots after the first *before units of every sequence. Arrays by token are [sequences, 128 units] or [sequences, heads, 128 units],
+// and start [sequences] is slots of left padding. `sinks` are the first tokens of every sequence.
 #include "unpack.cuh"
 
-#if !defined(D) || !defined(KEY_PLANES) || !defined(VALUE_PLANES)
-#error "define D, KEY_PLANES and VALUE_PLANES"
+#if !defined(D)
+#error "define D"
 #endif
 
 #define WARPS (UNIT / 32)
 #define NORM_FLOOR 1e-12f  // of profile.py
-using Record = RecordLayout<KEY_PLANES, VALUE_PLANES>;
+
+// Sinks among the slots before `position` of a sequence, which is counted from its start and may be negative.
+__device__ __forceinline__ i64 sinks_before(i64 position, i64 sinks) { return max(min(position, sinks), (i64)0); }
 
 // Over the block's warps: the sum of `mine` of those before this one, and of all.
 struct Count { int before, all; };
@@ -42,11 +44,11 @@ extern "C" __global__ void __launch_bounds__(UNIT) exact_need(
     const float* __restrict__ size,
     const float* __restrict__ norm,
     const i64* __restrict__ start,
+    const int* __restrict__ before,
     float* need,
     int* wanted,
     i64 heads,
     i64 units,
-    i64 first,
     i64 sinks,
     float below,
     float per_error) {
@@ -59,50 +61,52 @@ extern "C" __global__ void __launch_bounds__(UNIT) exact_need(
         errors += error[at], sizes += fmaxf(size[at], NORM_FLOOR) / norm[h];
     }
     const float asked = fmaxf(below / fmaxf(sizes / heads, 1e-12f), errors * per_error);
-    const bool is_wanted = asked > 1.f && first + token - start[row] >= sinks;
+    const bool is_wanted = asked > 1.f && (i64)*before * UNIT + token - start[row] >= sinks;
     need[row * units * UNIT + token] = is_wanted ? asked : 0.f;
     const Count count = count_warps(__popc(__ballot_sync(FULL_WARP, is_wanted)), counts);
     if (threadIdx.x == 0) wanted[row * units + unit] = count.all;
 }
 
 // Of every unit the neediest, so many that after it at most `early` and a share of all tokens so far are exact. gains, value_gains [sequences, heads, 128 units]
-// go to the records [sequences, heads, units] (rows row_stride bytes apart), 0 for exact tokens and padding. tokens [sequences, room]: the exact ones, in order.
-// secondary [sequences]: exact tokens besides sinks before this call; secondary_after: after it.
+// go to the gains of records [sequences, heads, units] (heads row_stride and units unit_stride bytes apart), 0 for exact tokens and padding. tokens
+// [sequences, 128 units]: first the exact ones, in order. secondary [sequences]: exact tokens besides sinks before this call; secondary_after: after it.
 extern "C" __global__ void __launch_bounds__(UNIT) choose_exact(
     const float* __restrict__ need,
     const int* __restrict__ wanted,
     const i64* __restrict__ start,
+    const int* __restrict__ before,
     const i64* __restrict__ secondary,
     const u8* __restrict__ gains,
     const u8* __restrict__ value_gains,
-    u8* records,
+    u8* record_gains,
+    u8* record_value_gains,
     i64* secondary_after,
     int* tokens,
     i64 heads,
     i64 units,
-    i64 first,
     i64 sinks,
     i64 row_stride,
-    i64 room,
+    i64 unit_stride,
     i64 early,
     double share) {
     alignas(16) extern __shared__ u8 shared[];
     Choosing& sm = *(Choosing*)shared;
     UnitBound* bounds = (UnitBound*)(&sm + 1);  // [units]
-    const i64 row = blockIdx.x / units, unit = blockIdx.x % units, token = unit * UNIT + threadIdx.x, position = first + token - start[row];
+    const i64 row = blockIdx.x / units, unit = blockIdx.x % units, token = unit * UNIT + threadIdx.x;
+    const i64 first = (i64)*before * UNIT, from = first - start[row], position = from + token;
     for (i64 v = threadIdx.x; v <= unit; v += UNIT) {
         bounds[v] = {wanted[row * units + v], (i64)((double)(first + UNIT * (v + 1)) * share) + early};
     }
     const float mine = sm.needs[threadIdx.x] = need[row * units * UNIT + token];
     __syncthreads();
     if (threadIdx.x == 0) {
-        i64 used = secondary[row], before = 0, here = 0;
+        i64 used = secondary[row], taken = 0, here = 0;
         for (i64 v = 0; v <= unit; v++) {
             const i64 after = min(used + bounds[v].wanted, bounds[v].allowed);
-            before += here, here = max(after - used, (i64)0), used = after;
+            taken += here, here = max(after - used, (i64)0), used = after;
         }
-        sm.taken_before = before, sm.taken = here;
-        if (unit == units - 1) secondary_after[row] = secondary[row] + before + here;
+        sm.taken_before = taken, sm.taken = here;
+        if (unit == units - 1) secondary_after[row] = secondary[row] + taken + here;
     }
     __syncthreads();
     int rank = 0;
@@ -112,21 +116,20 @@ extern "C" __global__ void __launch_bounds__(UNIT) choose_exact(
     const u32 exact = __ballot_sync(FULL_WARP, is_exact);
     const Count count = count_warps(__popc(exact), sm.counts);
     if (is_exact) {
-        const i64 from = first - start[row], sinks_before = max(min(from + unit * UNIT, sinks), (i64)0) - max(min(from, sinks), (i64)0);
-        tokens[row * room + sinks_before + sm.taken_before + count.before + __popc(exact & (1u << threadIdx.x % 32) - 1)] = (int)token;
+        const i64 sinks_taken = sinks_before(from + unit * UNIT, sinks) - sinks_before(from, sinks);
+        tokens[row * units * UNIT + sinks_taken + sm.taken_before + count.before + __popc(exact & (1u << threadIdx.x % 32) - 1)] = (int)token;
     }
     const bool is_masked = is_exact || position < 0;
     for (i64 h = 0; h < heads; h++) {
-        const i64 at = (row * heads + h) * units * UNIT + token;
-        u8* record = records + (row * heads + h) * row_stride + unit * Record::BYTES;
-        record[Record::KEY_GAINS + gain_place(threadIdx.x)] = is_masked ? 0 : gains[at];
-        record[Record::VALUE_GAINS + gain_place(threadIdx.x)] = is_masked ? 0 : value_gains[at];
+        const i64 at = (row * heads + h) * units * UNIT + token, to = (row * heads + h) * row_stride + unit * unit_stride + gain_place(threadIdx.x);
+        record_gains[to] = is_masked ? 0 : gains[at];
+        record_value_gains[to] = is_masked ? 0 : value_gains[at];
     }
 }
 
 // Copies the chosen of a call of `count` tokens behind the entries of the exact store that are used. keys and values [sequences, heads, *, D] of 16-bit
-// elements with strides; slots [sequences, capacity], exact_keys, exact_values [sequences, heads, capacity, D]. `most` is the largest count:
-// launch sequences * most blocks.
+// elements with strides; slots [sequences, capacity], exact_keys, exact_values [sequences, heads, capacity, D]. No sequence has more than `most`: launch
+// sequences * most blocks.
 extern "C" __global__ void __launch_bounds__(UNIT) store_exact(
     const u16* __restrict__ keys,
     const u16* __restrict__ values,
@@ -134,15 +137,14 @@ extern "C" __global__ void __launch_bounds__(UNIT) store_exact(
     const i64* __restrict__ secondary,
     const i64* __restrict__ secondary_after,
     const i64* __restrict__ start,
+    const int* __restrict__ before,
     int* slots,
     u16* exact_keys,
     u16* exact_values,
     i64 heads,
     i64 count,
-    i64 first,
     i64 sinks,
     i64 most,
-    i64 room,
     i64 capacity,
     i64 key_sequence,
     i64 key_head,
@@ -150,10 +152,10 @@ extern "C" __global__ void __launch_bounds__(UNIT) store_exact(
     i64 value_sequence,
     i64 value_head,
     i64 value_token) {
-    const i64 row = blockIdx.x / most, entry = blockIdx.x % most, from = first - start[row];
-    const i64 sinks_before = max(min(from, sinks), (i64)0), sinks_after = max(min(from + count, sinks), (i64)0);
-    if (entry >= secondary_after[row] - secondary[row] + sinks_after - sinks_before) return;
-    const i64 token = tokens[row * room + entry], to = secondary[row] + sinks_before + entry;
+    const i64 row = blockIdx.x / most, entry = blockIdx.x % most, first = (i64)*before * UNIT, from = first - start[row];
+    const i64 used = secondary[row] + sinks_before(from, sinks);
+    if (entry >= secondary_after[row] + sinks_before(from + count, sinks) - used) return;
+    const i64 token = tokens[row * count + entry], to = used + entry;
     if (threadIdx.x == 0) slots[row * capacity + to] = (int)(first + token);
     for (i64 i = threadIdx.x; i < heads * D; i += UNIT) {
         const i64 h = i / D, d = i % D, at = ((row * heads + h) * capacity + to) * D + d;

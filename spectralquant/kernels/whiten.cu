@@ -95,7 +95,7 @@ __device__ __forceinline__ void multiply(float (&sums)[TOKENS][COLUMNS], const f
 }
 
 // x [rows = sequences * heads, units * 128, D] with strides in elements; matrix [heads, D, D]; mean [heads, D]; rates [PAIRS], radians per token; turns
-// [2 D, RUN], cos and sin of coordinates at the offsets of a run; start [sequences], slots of left padding; `first` is the slot of the first token.
+// [2 D, RUN], cos and sin of coordinates at the offsets of a run; start [sequences], slots of left padding; *before units are in front of these.
 // size [rows, units * 128].
 extern "C" __global__ void __launch_bounds__(THREADS, 2) whiten(
     const Element* __restrict__ x,
@@ -104,14 +104,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) whiten(
     const double* __restrict__ rates,
     const float* __restrict__ turns,
     const i64* __restrict__ start,
+    const int* __restrict__ before,
     float* u,
     float* size,
     i64 sequence_stride,
     i64 head_stride,
     i64 token_stride,
     i64 heads,
-    i64 units,
-    i64 first) {
+    i64 units) {
     alignas(16) extern __shared__ u8 shared[];
     Shared& sm = *(Shared*)shared;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = blockIdx.x % COLUMN_TILES * TILE;
@@ -121,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) whiten(
     matrix += head * D * D, mean += head * D;
     copy_rows(sm.matrix[0], matrix, 0, tile);
 #if RUN
-    const i64 slot = first + unit * UNIT, anchor = slot / RUN * RUN - start[row / heads];
+    const i64 slot = (*before + unit) * UNIT, anchor = slot / RUN * RUN - start[row / heads];
     turns += slot % RUN + token;
     for (int pair = threadIdx.x; pair < D / 2; pair += THREADS) {
         double sin = 0., cos = 1.;

@@ -14,7 +14,7 @@ from host_kernels import compile_for_host
 from torch import Tensor
 
 from spectralquant.cache import exact, exact_cuda
-from spectralquant.cache.exact import EARLY, ExactBound, choose_exact, within_bound
+from spectralquant.cache.exact import EARLY, ExactBound, ExactTokens, entries_used, within_bound
 from spectralquant.cache.segment import Segment
 from spectralquant.codec.codec import LayerCodec, build_codec
 from spectralquant.codec.layout import UNIT
@@ -25,16 +25,16 @@ from spectralquant.presets import PRESETS
 
 LAUNCHERS = """
 extern "C" void exact_need_(unsigned grid, unsigned block, void** p, long long* l, double* f) {
-    run(exact_need, grid, block, (const float*)p[0], (const float*)p[1], (const float*)p[2], (const i64*)p[3], (float*)p[4], (int*)p[5],
-        l[0], l[1], l[2], l[3], (float)f[0], (float)f[1]);
+    run(exact_need, grid, block, (const float*)p[0], (const float*)p[1], (const float*)p[2], (const i64*)p[3], (const int*)p[4], (float*)p[5],
+        (int*)p[6], l[0], l[1], l[2], (float)f[0], (float)f[1]);
 }
 extern "C" void choose_exact_(unsigned grid, unsigned block, void** p, long long* l, double* f) {
-    run(choose_exact, grid, block, (const float*)p[0], (const int*)p[1], (const i64*)p[2], (const i64*)p[3], (const u8*)p[4], (const u8*)p[5], (u8*)p[6],
-        (i64*)p[7], (int*)p[8], l[0], l[1], l[2], l[3], l[4], l[5], l[6], f[0]);
+    run(choose_exact, grid, block, (const float*)p[0], (const int*)p[1], (const i64*)p[2], (const int*)p[3], (const i64*)p[4], (const u8*)p[5],
+        (const u8*)p[6], (u8*)p[7], (u8*)p[8], (i64*)p[9], (int*)p[10], l[0], l[1], l[2], l[3], l[4], l[5], f[0]);
 }
 extern "C" void store_exact_(unsigned grid, unsigned block, void** p, long long* l, double* f) {
-    run(store_exact, grid, block, (const u16*)p[0], (const u16*)p[1], (const int*)p[2], (const i64*)p[3], (const i64*)p[4], (const i64*)p[5], (int*)p[6],
-        (u16*)p[7], (u16*)p[8], l[0], l[1], l[2], l[3], l[4], l[5], l[6], l[7], l[8], l[9], l[10], l[11], l[12]);
+    run(store_exact, grid, block, (const u16*)p[0], (const u16*)p[1], (const int*)p[2], (const i64*)p[3], (const i64*)p[4], (const i64*)p[5],
+        (const int*)p[6], (int*)p[7], (u16*)p[8], (u16*)p[9], l[0], l[1], l[2], l[3], l[4], l[5], l[6], l[7], l[8], l[9], l[10]);
 }
 extern "C" unsigned sizes() { return sizeof(Choosing) << 8 | sizeof(UnitBound); }
 """
@@ -61,6 +61,10 @@ def make(device: str = "cpu", **changes: float) -> LayerCodec:
     return replace(build_codec(profile, PRESETS["high"], Dials(), device, "uniform")[0], **changes)
 
 
+def units_before(first: int, device: torch.device | str = "cpu") -> Tensor:
+    return torch.tensor(first // UNIT, dtype=torch.int32, device=device)
+
+
 def encoded_units(codec: LayerCodec, units: int, odd: float, batch: int = 3) -> EncodedUnits:
     """Made up; a share `odd` of the tokens has tiny values, or keys far off, some as far as others."""
     shape, device = (batch, 2, units * UNIT), codec.key.mean.device
@@ -78,7 +82,7 @@ def test_within_bound_takes_the_neediest_of_every_unit(share: float, wanted: flo
     """Against the rule applied unit by unit in plain Python."""
     config, bound = (CacheConfig(), share) if by_codec else (CacheConfig(max_exact_share=share), 1.0)
     need = torch.rand(2, 12 * UNIT) * (torch.rand(2, 12 * UNIT) < wanted)
-    got = within_bound(need, 0, torch.zeros(2, dtype=torch.int64), ExactBound.of(make(exact_bound=bound), config))
+    got = within_bound(need, units_before(0), torch.zeros(2, dtype=torch.int64), ExactBound.of(make(exact_bound=bound), config))
     for row in range(2):
         used = 0
         for unit in range(12):
@@ -90,21 +94,39 @@ def test_within_bound_takes_the_neediest_of_every_unit(share: float, wanted: flo
 
 
 def check_choice(codec: LayerCodec, config: CacheConfig, odd: float, first: int) -> None:
-    """By kernels and by the reference: the same tokens, counts and records."""
+    """By kernels and by the reference: the same tokens, counts and records; and both copy what was chosen to the entries after those in use."""
     units, device = 5, codec.key.mean.device
-    encoded = encoded_units(codec, units, odd)
+    encoded, before = encoded_units(codec, units, odd), units_before(first, device)
     start, secondary = torch.tensor([0, 130, 641], device=device), torch.tensor([0, 2, 1], device=device)
     records = torch.full((3, 2, units + 3, codec.layout.record_bytes), 0xAA, dtype=torch.uint8, device=device)
     want_records = records.clone()
     got, want = (
-        choose(codec, config, encoded, first, start, secondary, r[:, :, 2 : 2 + units])
-        for choose, r in ((exact_cuda.choose_exact, records), (choose_exact, want_records))
+        module.choose_exact(codec, config, encoded, before, start, secondary, r[:, :, 2 : 2 + units])
+        for module, r in ((exact_cuda, records), (exact, want_records))
     )
     assert torch.equal(got.secondary, want.secondary) and torch.equal(records, want_records)
-    for row, pad in enumerate(start.tolist()):
-        sinks = exact.sinks_among(first + units * UNIT, pad, config.sinks) - exact.sinks_among(first, pad, config.sinks)
-        count = int(want.secondary[row] - secondary[row]) + sinks
+    used = entries_used(before, start, secondary, config.sinks)
+    total = entries_used(before + units, start, want.secondary, config.sinks)
+    for row, count in enumerate((total - used).tolist()):
         assert torch.equal(got.tokens[row, :count], want.tokens[row, :count])
+    check_copies((got, want), first, start, secondary, config.sinks, used, total)
+
+
+def check_copies(choices: tuple[ExactTokens, ExactTokens], first: int, start: Tensor, secondary: Tensor, sinks: int, used: Tensor, total: Tensor) -> None:
+    """A store with as much room as one sequence needs, or more; keys and values as attention layers hand them over. Against a loop."""
+    device, count = start.device, choices[0].tokens.shape[1]
+    keys, values = (torch.randn(3, count, 2, 64, device=device).bfloat16().transpose(1, 2) for _ in range(2))
+    for room in (int(total.max()), int(total.max()) + 9):
+        slots = torch.full((3, room), -1, dtype=torch.int32, device=device)
+        store = (slots, *(torch.randn(3, 2, room, 64, device=device).bfloat16() for _ in range(2)))
+        want = tuple(t.clone() for t in store)
+        for row, (begin, end) in enumerate(zip(used.tolist(), total.tolist(), strict=True)):
+            for to, token in zip(range(begin, end), choices[1].tokens[row].tolist(), strict=False):
+                want[0][row, to], want[1][row, :, to], want[2][row, :, to] = first + token, keys[row, :, token], values[row, :, token]
+        for module, choice in zip((exact_cuda, exact), choices, strict=True):
+            got = tuple(t.clone() for t in store)
+            module.store_exact(choice, units_before(first, device), start, secondary, sinks, keys, values, got)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 CHOICES = pytest.mark.parametrize(

@@ -24,7 +24,8 @@ def test_nbytes_is_every_byte_held(engine: SpectralQuantEngine, llama: PreTraine
     llama(ids(700), past_key_values=cache)
     held: dict[int, int] = {}
     for layer in cache.layers:
-        for value in vars(layer.segment).values():
+        chosen = layer.segment.chosen
+        for value in (*vars(layer.segment).values(), chosen.tokens, chosen.secondary):
             if isinstance(value, torch.Tensor):
                 held[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
     assert cache.nbytes == sum(held.values())

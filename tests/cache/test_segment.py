@@ -170,3 +170,27 @@ def test_records_grow_amortised(codec: LayerCodec) -> None:
     units = segment.packed // UNIT
     assert units <= segment.records.shape[2] <= units + units // 8 + 1
     assert moves < units
+
+
+def test_an_encoded_block_counts_when_it_is_stored(codec: LayerCodec) -> None:
+    """Until then the content is what it was; afterwards it is what packing gives that encodes when the block is due."""
+    keys, values = random_kv(codec, 2 * UNIT + 3 * CONFIG.window)
+    values[:, :, 140:200:7] *= 1e-3
+    early, late = segment_of(codec, keys), segment_of(codec, keys)
+    for segment in (early, late):
+        for i in range(keys.shape[2]):
+            token = (keys[:, :, i : i + 1], values[:, :, i : i + 1])
+            if segment is early and segment.can_encode:
+                before, lengths = content(segment), segment.lengths.tolist()
+                segment.reserve_unit()
+                segment.encode_block()
+                segment.encoded, need = True, int(segment.exact_need())
+                assert all(torch.equal(a, b) for a, b in zip(before, content(segment), strict=True)) and segment.lengths.tolist() == lengths
+            packed = segment.packed
+            segment.update(*token)
+            if segment is early and segment.packed > packed:
+                assert need == (segment.exact_slots >= 0).sum(-1).max() and not segment.encoded
+    assert early.packed == late.packed == 2 * UNIT
+    for name in ("exact_slots", "exact_keys", "lengths", "secondary"):
+        assert torch.equal(getattr(early, name), getattr(late, name))
+    assert torch.equal(early.records[:, :, :2], late.records[:, :, :2])

@@ -322,7 +322,7 @@ def test_centre_units_is_centre_keys(first: int, choices: dict[str, Any], pairs:
     profile = synthetic.profile(2, 64, (0,), rotary=Rotary(synthetic.inv_freq(pairs)), **choices)
     codec = build_codec(profile, PRESETS["high"], Dials())[0]
     keys, start = torch.randn(2, 2, 384, 64), torch.tensor([0, 37])
-    assert torch.equal(codec.centre_units(keys, first, start), codec.centre_keys(keys, torch.arange(first, first + 384), start))
+    assert torch.equal(codec.centre_units(keys, torch.tensor(first // 128), start), codec.centre_keys(keys, torch.arange(first, first + 384), start))
 
 
 def test_encode_matrix_is_laid_out_for_kernels() -> None:

@@ -35,7 +35,7 @@ LAUNCHERS = {
     "whiten": """
 extern "C" void go(unsigned grid, unsigned block, void** p, long long* l) {
     run(whiten, grid, block, (const Element*)p[0], (const float*)p[1], (const float*)p[2], (const double*)p[3], (const float*)p[4], (const i64*)p[5],
-        (float*)p[6], (float*)p[7], l[0], l[1], l[2], l[3], l[4], l[5]);
+        (const int*)p[6], (float*)p[7], (float*)p[8], l[0], l[1], l[2], l[3], l[4]);
 }
 extern "C" unsigned shared_size() { return sizeof(Shared); }""",
     "encode_scalar": """
@@ -109,6 +109,10 @@ def store(codec: LayerCodec, batch: int, units: int, room: int = 3) -> Tensor:
     return torch.full((batch, heads, units + room, codec.layout.record_bytes), 0xAA, dtype=torch.uint8, device=codec.key.mean.device)
 
 
+def units_before(units: int, device: torch.device | str = "cpu") -> Tensor:
+    return torch.tensor(units, dtype=torch.int32, device=device)
+
+
 def same_share(got: Tensor, want: Tensor) -> float:
     return float((got == want).flatten(3).all(-1).float().mean()) if got.dim() == 4 else float((got == want).float().mean())
 
@@ -175,7 +179,7 @@ def test_encode_units_writes_what_the_codec_says() -> None:
     keys, values = torch.randn(2, 2, 256, 64), torch.randn(2, 2, 256, 64)
     slots, start = torch.arange(128, 384), torch.tensor([0, 3])
     records = store(codec, 2, 2)
-    encoded = encode_units(codec, keys, values, 128, start, records[:, :, 1:3], kernels=False)
+    encoded = encode_units(codec, keys, values, units_before(1), start, records[:, :, 1:3], kernels=False)
     planes, want_gains, value_planes, want_value_gains = codec.encode(keys, values, slots, start)
     key, _, value, _ = codec.layout.split(records[:, :, 1:3])
     assert torch.equal(unpack_planes(key, "key").flatten(2, 3), planes) and torch.equal(unpack_planes(value, "value").flatten(2, 3), value_planes)
@@ -205,12 +209,12 @@ def as_prefill(shape: tuple[int, int, int, int], dtype: torch.dtype, device: tor
 
 
 def check_whitening(codec: LayerCodec, dtype: torch.dtype, which: str, by_coordinate: bool, run: Callable[[Launch], None]) -> None:
-    """Against float64 from the codec's tables, as exact as PyTorch's float32."""
+    """Against float64 from the codec's tables, as exact as PyTorch's float32. One sequence starts in the middle of these units: positions are negative before."""
     device, heads, dim = codec.key.mean.device, codec.key.mean.shape[0], codec.head_dim
-    x, start, first = as_prefill((2, heads, 256, dim), dtype, device), torch.tensor([0, 1003], device=device), 9 * UNIT
-    white = plan_whitening(codec, x, first, start, which == "key", by_coordinate)
+    x, start, before = as_prefill((3, heads, 256, dim), dtype, device), torch.tensor([0, 1003, 1300], device=device), units_before(9, device)
+    white = plan_whitening(codec, x, before, start, which == "key", by_coordinate)
     run(white.launch)
-    centred = codec.centre_units(x, first, start) if which == "key" else codec.centre_values(x)
+    centred = codec.centre_units(x, before, start) if which == "key" else codec.centre_values(x)
     want = centred.double() @ getattr(codec, which).encode_matrix.double()
     got = white.u.mT.flatten(2, 3) if by_coordinate else white.u
     assert float((got - want).norm() / want.norm()) < 4e-7
@@ -234,9 +238,9 @@ def check_units(codec: LayerCodec, units: int) -> None:
     device, heads, dim = codec.key.mean.device, codec.key.mean.shape[0], codec.head_dim
     keys, values = (as_prefill((2, heads, units * UNIT, dim), torch.bfloat16, device) for _ in range(2))
     start = torch.tensor([0, 3], device=device)
-    stores = [store(codec, 2, units) for _ in range(3)]
+    stores, before = [store(codec, 2, units) for _ in range(3)], units_before(3, device)
     got, want, again = (
-        astuple(encode_units(codec, keys, values, 384, start, s[:, :, 1 : 1 + units], k)) for s, k in zip(stores, (True, False, True), strict=True)
+        astuple(encode_units(codec, keys, values, before, start, s[:, :, 1 : 1 + units], k)) for s, k in zip(stores, (True, False, True), strict=True)
     )
     assert torch.equal(stores[0], stores[2]) and all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
     for part, which in ((0, "key"), (2, "value")):
