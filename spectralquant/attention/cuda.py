@@ -37,7 +37,7 @@ class FusedAttention:
         self.device = device
         self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
         self._constants: dict[int, tuple[LayerCodec, KernelConstants]] = {}  # the codec too: its id stays its own
-        self._anchors: dict[tuple[int, ...], Tensor] = {}
+        self._anchors: dict[tuple[int, ...], list[Tensor]] = {}  # ever longer ones: a CUDA graph of another cache may still read the earlier
         self._workspaces: dict[int, Workspace] = {}  # by stream: launches on one stream follow each other
 
     def attend(self, query: Tensor, kv: PackedKV, scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
@@ -74,9 +74,10 @@ class FusedAttention:
     def _anchors_of(self, constants: KernelConstants, kv: PackedKV) -> Tensor:
         run = constants.definitions["RUN"]
         key, need = (run, hash(tuple(constants.rates.tolist()))), runs_of(kv, run)
-        if key not in self._anchors or len(self._anchors[key]) < need:
-            self._anchors[key] = anchor_table(constants, need + _SPARE_RUNS, self.device)
-        return self._anchors[key]
+        tables = self._anchors.setdefault(key, [])
+        if not tables or len(tables[-1]) < need:
+            tables.append(anchor_table(constants, need + need // 2 + _SPARE_RUNS, self.device))
+        return tables[-1]
 
 
 def rows_of(queries: int) -> tuple[int, int]:

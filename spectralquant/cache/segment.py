@@ -5,9 +5,9 @@ counts in `nbytes`. A token enters the window exact. When the window holds 128 t
 oldest 128 are packed at the start of the next update, so attention always sees the tokens of its own call exactly. Updates
 that do not fit the window (prefill, chunks) go through a temporary copy, at most one layer's at a time.
 
-What decoding repeats, `encode_block`, `store_block` and `append`, is a fixed sequence of launches: where to write follows from tensors (`lengths`,
-`secondary`, `chosen`), so a CUDA graph can replay it. The host keeps counts of its own for shapes and room (`count_block`, `count_step`) and asks the device for one
-number only: how many exact tokens there are with those of a block, `exact_need`, known once it is encoded, before it leaves the window.
+What decoding repeats, `encode_block`, `store_block` and `append`, is a fixed sequence of launches: what is there and where to write follows from tensors
+(`lengths`, `secondary`, `chosen`), so a CUDA graph can replay it. The host keeps counts of its own for shapes and room (`count_block`, `count_step`) and asks
+the device for one number only, a call or a block: how many exact tokens there will be, `exact_need`, known once all is encoded and before it is stored.
 
 Exact tokens are 16-bit, as in the FP16 cache this one replaces: models in float16 and bfloat16 keep their own dtype, float32 models
 use float16, or bfloat16 where calibration saw values within a factor 4 of float16's range.

@@ -3,11 +3,13 @@
 import ctypes
 import random
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -209,6 +211,18 @@ def test_row_groups_cover_all_queries() -> None:
     launch = case.launch()
     assert launch.arguments[20].numel() == 2 * -(-3 * 7 // 8) and launch.out.shape == (1, 7, 6, 64)
     assert [rows_of(n) for n in (1, 4, 5, 8, 9)] == [(4, 1), (4, 1), (8, 1), (8, 1), (8, 2)]
+
+
+def test_tables_that_graphs_may_read_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A longer cache got a longer table of anchors, and the shorter one was freed while the CUDA graph of another cache read it."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=5))
+    kv = Case(batch=1).kv
+    attention, constants = FusedAttention(torch.device("cpu")), build_constants(kv.codec)
+    first = weakref.ref(attention._anchors_of(constants, kv))
+    records = kv.records.new_empty((*kv.records.shape[:2], 1000, kv.records.shape[3]))
+    longer = attention._anchors_of(constants, replace(kv, records=records))
+    assert first() is not None and first() is not longer and len(longer) >= 504 and torch.equal(first(), longer[: len(first())])
+    assert attention._anchors_of(constants, kv) is longer
 
 
 @pytest.mark.gpu

@@ -209,7 +209,7 @@ def as_prefill(shape: tuple[int, int, int, int], dtype: torch.dtype, device: tor
 
 
 def check_whitening(codec: LayerCodec, dtype: torch.dtype, which: str, by_coordinate: bool, run: Callable[[Launch], None]) -> None:
-    """Against float64 from the codec's tables, as exact as PyTorch's float32. One sequence starts in the middle of these units: positions are negative before."""
+    """Against float64 from the codec's tables, as exact as PyTorch's float32. One sequence starts between these units: positions before are negative."""
     device, heads, dim = codec.key.mean.device, codec.key.mean.shape[0], codec.head_dim
     x, start, before = as_prefill((3, heads, 256, dim), dtype, device), torch.tensor([0, 1003, 1300], device=device), units_before(9, device)
     white = plan_whitening(codec, x, before, start, which == "key", by_coordinate)
