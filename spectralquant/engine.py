@@ -219,8 +219,8 @@ class SpectralQuantEngine:
     def cache(self, model: PreTrainedModel) -> SpectralCache:
         """An empty cache for `model.generate(..., past_key_values=cache)`; applies the engine to the model.
 
-        Python looks `model.generate` up before it makes the arguments. So where nothing has applied the engine before, `model.generate(..., engine.cache(model))`
-        in one expression is still the model's own: right, but without CUDA graphs, and codes don't know of left padding. Call `apply_to` or `cache` first.
+        Python looks `model.generate` up before it makes the arguments. So where nothing has applied the engine before, `generate` with a call of `cache` among
+        its arguments is still the model's own: right, but without CUDA graphs, and codes don't know of left padding. Call `apply_to` or `cache` before it.
         """
         self.apply_to(model)
         return SpectralCache(model.config, self.profile_codec(model), self.cache_config)
