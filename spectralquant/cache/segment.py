@@ -129,7 +129,7 @@ class Segment:
         keys, values = self.recent_keys[:, :, :UNIT], self.recent_values[:, :, :UNIT]
         record = self.records.new_empty((*self.records.shape[:2], 1, self.records.shape[3]))
         chosen = self._encode(keys, values, record)
-        self.records.index_copy_(2, self.lengths[0, 0].long(), record)
+        self.records.index_copy_(2, self.lengths[:1, 0].long(), record)
         self.chosen.tokens.copy_(chosen.tokens)
         self.chosen.secondary.copy_(chosen.secondary)
 
