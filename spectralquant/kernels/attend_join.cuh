@@ -83,7 +83,7 @@ __device__ __forceinline__ void write_out(const Arguments& a, i64 at, float x) {
 }
 
 #define PLANES_OF_THREAD ((PV + SLICES - 1) / SLICES)
-#define PLANES_AHEAD (PLANES_OF_THREAD < 20 ? PLANES_OF_THREAD : 20)  // rows of V in flight
+#define PLANES_AHEAD (PLANES_OF_THREAD < 10 ? PLANES_OF_THREAD : 10)  // rows of V in flight
 
 // Rows of V that a thread needs: four dims of planes first, first + SLICES, ...
 __device__ __forceinline__ void load_rows(const Arguments& a, int head, int first, Float4 (&rows)[PLANES_AHEAD]) {
