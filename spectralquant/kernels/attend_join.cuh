@@ -150,20 +150,22 @@ __device__ __forceinline__ bool is_last(int* ticket, int blocks) {
 }
 
 #define AHEAD 8  // reads in flight: their latency is what joining costs
+#define SUMMERS LARGER(THREADS / (ROWS * QUADS), 1)  // threads that share four dims of a row
 
-// The partial results of an item to the output, in order of blocks: which one came last must not change the sum. By the whole block.
+// The partial results of an item to the output, in an order that does not depend on which block came last. By the whole block.
 __device__ void join_blocks(const Arguments& a, const Stretch& s, Shared& sm, int rows) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, share = threadIdx.x / (ROWS * QUADS);
     const float* first = a.partials + 2 * (i64)s.first_block * PARTIAL;
     auto at = [&](int k) { return first + (2 * k + (k == 0)) * PARTIAL; };
     auto load_sums = [&](int k0, int i, Float4(&x)[AHEAD]) {
 #pragma unroll
-        for (int k = 0; k < AHEAD; k++) x[k] = load_global16(at(min(k0 + k, s.blocks - 1)) + 2 * ROWS + 4 * i);
+        for (int k = 0; k < AHEAD; k++) x[k] = load_global16(at(min(k0 + SUMMERS * k, s.blocks - 1)) + 2 * ROWS + 4 * i);
     };
     Float4 x[AHEAD];
-    if (threadIdx.x < rows * QUADS) load_sums(0, threadIdx.x, x);
+    load_sums(share, threadIdx.x % (ROWS * QUADS), x);
     float* weights = (float*)sm.slots;  // [blocks][ROWS]
     float* masses = weights + s.blocks * ROWS;
+    Float4* sums = (Float4*)(masses + s.blocks * ROWS);
     if (warp < ROWS) {  // warp w joins peaks and masses of row w
         float peak = NOTHING, mass = 0.f;
 #pragma unroll 1
@@ -184,17 +186,26 @@ __device__ void join_blocks(const Arguments& a, const Stretch& s, Shared& sm, in
     }
     __syncthreads();
 #pragma unroll 1
-    for (int i = threadIdx.x; i < rows * QUADS; i += THREADS) {
-        const int row = i / QUADS;
+    for (int i = threadIdx.x; i < SUMMERS * ROWS * QUADS; i += THREADS) {
+        const int quad = i % (ROWS * QUADS), row = quad / QUADS;
         Float4 sum = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 1
-        for (int k0 = 0; k0 < s.blocks; k0 += AHEAD) {
-            if (k0 || i != threadIdx.x) load_sums(k0, i, x);
+        for (int k0 = share; k0 < s.blocks; k0 += SUMMERS * AHEAD) {
+            if (k0 != share || i != threadIdx.x) load_sums(k0, quad, x);
 #pragma unroll
-            for (int k = 0; k < AHEAD; k++) add_scaled(sum, x[k], k0 + k < s.blocks ? weights[(k0 + k) * ROWS + row] : 0.f);
+            for (int k = 0; k < AHEAD; k++) add_scaled(sum, x[k], k0 + SUMMERS * k < s.blocks ? weights[(k0 + SUMMERS * k) * ROWS + row] : 0.f);
         }
-        finish(a, s, row, i - row * QUADS, sum, sm.joined[ROWS + row], sm.joined[row]);
+        if (SUMMERS == 1 && row < rows) finish(a, s, row, quad - row * QUADS, sum, sm.joined[ROWS + row], sm.joined[row]);
+        if (SUMMERS > 1) sums[i] = sum;
     }
+    if (SUMMERS == 1) return;
+    __syncthreads();
+    const int row = threadIdx.x / QUADS;
+    if (row >= rows) return;
+    Float4 sum = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int k = 0; k < SUMMERS; k++) add_scaled(sum, sums[k * ROWS * QUADS + threadIdx.x], 1.f);
+    finish(a, s, row, threadIdx.x - row * QUADS, sum, sm.joined[ROWS + row], sm.joined[row]);
 }
 
 // A block's stretch of an item is done. A whole item is finished; a part of one is left for the last block to come.
