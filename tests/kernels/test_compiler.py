@@ -158,7 +158,7 @@ def test_find_obstacle(arch: str, driver: tuple[int, int] | None, text: str | No
 
 def test_load_rejects_other_devices() -> None:
     with pytest.raises(BackendError, match="expected a CUDA device"):
-        load("dense.cu", DENSE, "decode_planes", torch.device("cpu"))
+        load("dense.cu", DENSE, "decode_units", torch.device("cpu"))
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------
