@@ -117,7 +117,7 @@ def test_compile_cubin_rejects_unknown_architectures() -> None:
 
 
 def test_compile_cubin_rejects_missing_definitions() -> None:
-    with pytest.raises(BackendError, match="define KEY_PLANES, VALUE_PLANES and IS_KEY"):
+    with pytest.raises(BackendError, match="define D, KEY_PLANES, VALUE_PLANES, IS_KEY"):
         compile_cubin("dense.cu", {"KEY_PLANES": 16}, ARCH)
 
 

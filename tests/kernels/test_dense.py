@@ -55,7 +55,7 @@ def make_codec(
     return build_codec(synthetic.profile(heads, dim, (0,), rotary=turn, **choices), PRESETS[preset], Dials(), device, quantizer)[0]
 
 
-def random_units(codec: LayerCodec, device: str = "cpu", batch: int = 2, units: int = 3) -> Tensor:
+def random_units(codec: LayerCodec, device: str = "cpu", batch: int = 2, units: int = 2) -> Tensor:
     """Units 1 .. of a store with room for more; gains around 1, some slots don't count."""
     heads = len(codec.key.mean)
     store = torch.randint(0, 256, (batch, heads, units + 2, codec.layout.record_bytes), dtype=torch.uint8, device=device)
