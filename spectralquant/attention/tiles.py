@@ -23,7 +23,8 @@ from spectralquant.codec.layout import UNIT
 from spectralquant.codec.packed import PackedKV
 
 TILE_TOKENS, MIN_TILE = 16_384, 1024
-"""Coded tokens decoded at a time, all sequences together, and the fewest of each sequence. Merging a part costs about what attention to 500 tokens does."""
+"""Coded tokens decoded at a time, all sequences together, and the fewest of each sequence. Long, because merging a part
+reads and writes the whole output."""
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 """What flash attention computes in on a GPU."""
 
