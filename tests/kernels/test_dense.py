@@ -84,7 +84,7 @@ def check(codec: LayerCodec, which: str, dtype: torch.dtype, device: str = "cpu"
     for out, kernels in ((got, True), (want, False)):
         decode_units(codec, records, which, UNIT, start, out.transpose(1, 2), rows, kernels)
     written = (want != 77).any(-1)
-    assert (got[~written] == 77).all() and int(written.sum()) == 2 * heads * tokens * 2 // 3
+    assert (got[~written] == 77).all() and int(written.sum()) == heads * int((rows >= 0).sum())
     assert (got.float() - want)[written].norm() / want[written].norm() < ERROR[dtype]
 
 
