@@ -60,7 +60,7 @@ class CacheConfig:
         sinks: First tokens of every sequence, kept exact for ever.
         window: Most recent tokens that are always exact; blocks of 128 leave it for the packed store.
         max_exact_share: Bound on the share of a layer's packed tokens kept exact besides the sinks.
-        tile_tokens: Tokens of one layer that the reference attention unpacks at a time; None for what suits the device, see `tile_on`.
+        tile_tokens: Tokens of one layer that are unpacked at a time, at most, by all but the fused kernel; None for what suits the device, see `tile_on`.
         cuda_graphs: On GPUs with kernels, `generate` captures a decode step as a CUDA graph where the model allows it, see `decode_graph`.
         backend: "auto", "reference" (PyTorch) or "cuda" (the fused kernels, or an error that says why they can't run), see `backend.resolve_backend`.
     """

@@ -19,6 +19,8 @@ _ATTEND = {
     "TABLE_IN_SHARED": 1,
 }
 
+_DENSE = {"D": 128, "KEY_PLANES": 144, "VALUE_PLANES": 160, "IS_KEY": 1, "OUT": 2, "PAIRS": 64, "INTERLEAVED": 0, "RUN": 256}
+
 REPRESENTATIVE: dict[str, list[dict[str, int]]] = {
     "attend.cu": [
         _ATTEND,
@@ -39,5 +41,10 @@ REPRESENTATIVE: dict[str, list[dict[str, int]]] = {
         {"D": 112, "PLANES": 160, "IS_KEY": 0, "GAIN": 0, "BLOCKS": 4, "SIDE": 1},
     ],
     "exact.cu": [{"D": 128}, {"D": 80}],
-    "dense.cu": [{"KEY_PLANES": key, "VALUE_PLANES": value, "IS_KEY": side} for key, value in ((144, 160), (16, 48)) for side in (0, 1)],
+    "dense.cu": [
+        _DENSE,
+        {**_DENSE, "IS_KEY": 0, "PAIRS": 0, "RUN": 0},
+        {**_DENSE, "D": 256, "KEY_PLANES": 288, "VALUE_PLANES": 304, "PAIRS": 128, "OUT": 0, "RUN": 0},
+        {**_DENSE, "D": 80, "KEY_PLANES": 80, "VALUE_PLANES": 96, "PAIRS": 10, "OUT": 1, "INTERLEAVED": 1},
+    ],
 }

@@ -17,10 +17,11 @@ from spectralquant.attention.kernel_constants import KernelConstants, build_cons
 from spectralquant.codec.codec import LayerCodec
 from spectralquant.codec.layout import UNIT
 from spectralquant.codec.packed import PackedKV
+from spectralquant.errors import BackendError
 from spectralquant.kernels.compiler import load
 
-THREADS = 256
-"""Of a block; kernels/attend_shapes.cuh has the same."""
+THREADS, TILE = 256, 32
+"""Of a block, and exact tokens of a step; kernels/attend_shapes.cuh has the same."""
 _LOG2E = 1.4426950408889634
 _SHARED_LIMIT = 227 * 1024
 _SPARE_RUNS = 64
@@ -156,6 +157,7 @@ def plan_launch(
     heads = kv.raw_keys.shape[1]
     groups = query_heads // heads
     rows, row_groups = rows_of(groups * positions)
+    _check_steps(heads * row_groups * batch, kv)
     softcapped, float_query = softcap is not None, query.dtype == torch.float32
     definitions = {
         **constants.definitions,
@@ -182,6 +184,13 @@ def plan_launch(
         np.int32(constants.rotary_pairs), np.int32(constants.interleaved), np.float32(factor), np.float32(softcap or 0.0),
     )  # fmt: skip
     return Launch(definitions, arguments, workspace.blocks, shared_bytes(definitions), out)
+
+
+def _check_steps(items: int, kv: PackedKV) -> None:
+    """The kernel numbers its steps (attend_schedule.cuh) with 32 bits."""
+    steps = items * (kv.records.shape[2] + sum(-(-n // TILE) for n in (kv.exact_slots.shape[1], kv.raw_keys.shape[2])))
+    if steps >= 1 << 31:
+        raise BackendError(f"attention takes {steps} steps, expected fewer than 2^31; use fewer sequences or fewer new tokens at a time")
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""What attends over packed keys and values: the fused kernel where it can, the PyTorch reference everywhere else.
+"""What attends over packed keys and values: tiles decoded for flash attention where queries are many, else the fused kernel where it can run, else the
+PyTorch reference.
 
-The kernel knows one mask, causal order with left padding, which is all that generation needs. Whether a mask is that one costs a look at it, so our mask
-function (`make_mask`) looks once per forward pass and leaves a note on the tensor for all layers. A mask without the note belongs to the reference.
+Tiles and kernel know one mask, causal order with left padding, which is all that generation needs. Whether a mask is that one costs a look at it, so our
+mask function (`make_mask`) looks once per forward pass and leaves a note on the tensor for all layers. A mask without the note belongs to the reference.
+Tiles know no soft-cap, and on GPUs no float32, because flash attention doesn't: those stay with the kernel, or without kernels with the reference.
 """
 
 from functools import cache
@@ -13,8 +15,15 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from spectralquant.attention.cuda import FusedAttention
 from spectralquant.attention.reference import attend
+from spectralquant.attention.tiles import FLASH_DTYPES, attend_tiles
 from spectralquant.codec.packed import PackedKV
 
+GPU_ROWS, GPU_LENGTH = 8192, 64
+"""Rows of queries, batch times heads times positions, and positions, from which tiles serve a GPU. The kernel reads codes once for every 8 rows, so its
+time grows with rows; flash attention takes rows in blocks of 128 of a head, each on a multiprocessor of its own, and can't be faster than one block. By the
+times of the kernel in docs/kernels.md and a third of the peak rate of an H100 the two meet near 5,000 rows. A block should be half full at least."""
+CPU_ROWS = 128
+"""Rows of queries per KV head from which tiles serve a CPU: decoding costs what the reference takes for about 96 (SmolLM2's shape, 2,048 packed tokens)."""
 _NOTE = "spectralquant_padding"
 
 
@@ -23,9 +32,21 @@ def attend_packed(
 ) -> Tensor:
     """`reference.attend` by whatever is fastest here: arguments and result as there."""
     hidden = kv.padding if kv.causal else (0,) * len(query) if mask is None else getattr(mask, _NOTE, None)
-    if kv.kernels and hidden == kv.padding:
+    if hidden == kv.padding and softcap is None and _tiles_pay(query, kv):
+        return attend_tiles(query, kv, scale, sinks)
+    if hidden == kv.padding and kv.kernels:
         return _fused_on(query.device).attend(query, kv, scale, softcap, sinks)
     return attend(query, kv, mask, scale, softcap, sinks)
+
+
+def _tiles_pay(query: Tensor, kv: PackedKV) -> bool:
+    """Whether `attend_tiles` can take these queries and is the fastest."""
+    batch, query_heads, length, _ = query.shape
+    if query.is_cuda:
+        many = length >= GPU_LENGTH and batch * query_heads * length >= GPU_ROWS
+        return many and kv.kernels and query.dtype in FLASH_DTYPES and torch.backends.cuda.is_flash_attention_available()
+    many = query_heads // kv.shape[1] * length >= CPU_ROWS
+    return many and query.device.type == "cpu" and query.dtype in (torch.float32, *FLASH_DTYPES)
 
 
 @cache

@@ -93,12 +93,8 @@ class SideCodec:
 
     def decode(self, planes: Tensor, codes: Tensor) -> Tensor:
         """planes [B, H, T, P], gain codes [B, H, T] -> [B, H, T, D] float32, mean not added."""
-        return self.scaled(planes, gain_values(codes))
-
-    def scaled(self, planes: Tensor, gains: Tensor) -> Tensor:
-        """`decode` with gains [B, H, T] float32."""
         symbols = self.quantizer.symbols(planes, head_axis=1) - self.quantizer.offset
-        return (symbols @ self.decode_matrix) * gains[..., None]
+        return (symbols @ self.decode_matrix) * gain_values(codes)[..., None]
 
     def error(self, centred: Tensor, planes: Tensor, codes: Tensor) -> Tensor:
         """|z - z^|^2, the error in the metric of the basis, [B, H, T]: centred [B, H, T, D] as given to `encode`, and what it returned."""
@@ -209,20 +205,12 @@ class LayerCodec:
 
     def decode_keys(self, planes: Tensor, gains: Tensor, slots: Tensor, start: Tensor) -> Tensor:
         """Inverse of the K half of `encode`: [B, H, T, D] float32."""
-        return self.place_keys(self.key.decode(planes, gains), slots, start)
-
-    def place_keys(self, x: Tensor, slots: Tensor, start: Tensor) -> Tensor:
-        """Inverse of `centre_keys`: [B, H, T, D] float32."""
-        x = x + self.key_mean(slots)
+        x = self.key.decode(planes, gains) + self.key_mean(slots)
         return x if self.frame is None else self.frame.rotary.rotate(x, self.frame.anchors(slots, start)[:, None])
 
     def decode_values(self, planes: Tensor, gains: Tensor) -> Tensor:
         """Inverse of the V half of `encode`: [B, H, T, D] float32."""
-        return self.place_values(self.value.decode(planes, gains))
-
-    def place_values(self, x: Tensor) -> Tensor:
-        """Inverse of `centre_values`: [B, H, T, D] float32."""
-        return x + self.value.mean[:, None]
+        return self.value.decode(planes, gains) + self.value.mean[:, None]
 
     def key_mean(self, slots: Tensor) -> Tensor:
         """Mean of K in the stored frame, [H, T, D] (T = 1 when it does not depend on the slot)."""

@@ -1,54 +1,45 @@
-"""Packed records to planes and gains by the CUDA kernels of kernels/dense.cu, for code that reads dense keys and values."""
+"""Packed units to dense keys or values by the CUDA kernel kernels/dense.cu: `LayerCodec.decode_keys` and `decode_values`, straight into the model's dtype.
 
-from dataclasses import dataclass
+In PyTorch decoding is some thirty passes over memory: about 11 KB a token and head for K at D = 128 and 5 KB for V, where the record has 78 bytes and the
+result 256 a side. The kernel reads the one and writes the other.
+"""
 
 import torch
 from torch import Tensor
 
-from spectralquant.codec.layout import UNIT, RecordLayout
-from spectralquant.kernels.compiler import load
+from spectralquant.codec.codec import LayerCodec
+from spectralquant.codec.layout import UNIT
+from spectralquant.kernels.launch import Launch
 
-_THREADS = 256
-_LANE_CODES = 64
-"""Codes that one thread of `decode_planes` unpacks."""
-
-
-@dataclass(frozen=True, slots=True)
-class UnpackLaunch:
-    """Launches of both kernels, ready to go.
-
-    Attributes:
-        definitions: Compile-time definitions.
-        records: [B, H, U, record_bytes] uint8, units of a contiguous store.
-        planes: [B, H, U * 128, P] uint8, written by `decode_planes`.
-        gains: [B, H, U * 128] float32, written by `decode_gains`.
-    """
-
-    definitions: dict[str, int]
-    records: Tensor
-    planes: Tensor
-    gains: Tensor
-
-    def parts(self) -> list[tuple[str, Tensor, int, tuple[int, ...]]]:
-        """(kernel, output, threads, arguments after the two addresses) of each launch."""
-        batch, heads, units, _ = self.records.shape
-        sizes = (batch * heads, units, self.records.stride(1))
-        return [("decode_planes", self.planes, self.planes.numel() // _LANE_CODES, sizes), ("decode_gains", self.gains, self.gains.numel(), sizes)]
-
-    def run(self) -> None:
-        for name, out, threads, sizes in self.parts():
-            kernel = load("dense.cu", self.definitions, name, self.records.device)
-            kernel(-(-threads // _THREADS), _THREADS, 0, (self.records.data_ptr(), out.data_ptr(), *sizes))
+THREADS = 256
+OUT_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""What the kernel can write."""
+_WARP, _SLICE = 32, 16
+"""Threads of a warp, and coordinates that it makes."""
 
 
-def plan_unpack(layout: RecordLayout, records: Tensor, which: str) -> UnpackLaunch:
-    """Everything of the unpacking of one side ("key" or "value") but the launches, on any device."""
+def plan_decode(codec: LayerCodec, records: Tensor, which: str, first: int, start: Tensor, out: Tensor, rows: Tensor | None) -> Launch:
+    """Everything of `units.decode_units` but the launch, on any device: arguments as there; levels are sums of planes and `out` has one of `OUT_DTYPES`."""
     batch, heads, units, _ = records.shape
-    planes = layout.key_planes if which == "key" else layout.value_planes
-    definitions = {"KEY_PLANES": layout.key_planes, "VALUE_PLANES": layout.value_planes, "IS_KEY": int(which == "key")}
-    return UnpackLaunch(
-        definitions,
-        records,
-        torch.empty((batch, heads, units * UNIT, planes), dtype=torch.uint8, device=records.device),
-        torch.empty((batch, heads, units * UNIT), dtype=torch.float32, device=records.device),
-    )
+    side, frame = (codec.key, codec.frame) if which == "key" else (codec.value, None)
+    constants = side.decode_matrix.contiguous(), side.mean.contiguous()
+    definitions = {
+        "D": codec.head_dim,
+        "KEY_PLANES": codec.layout.key_planes,
+        "VALUE_PLANES": codec.layout.value_planes,
+        "IS_KEY": int(which == "key"),
+        "OUT": OUT_DTYPES[out.dtype],
+        "PAIRS": 0 if frame is None else frame.rotary.dim // 2,
+        "INTERLEAVED": int(frame is not None and frame.rotary.interleaved),
+        "RUN": frame.run if frame is not None and frame.trajectory else 0,
+    }
+    turns, angles = constants[1], (constants[1], constants[1])  # not read
+    if frame is not None:
+        slots = first + UNIT * torch.arange(units, device=records.device)
+        turns, angles = frame.turns, frame.rotary.cos_sin(frame.anchors(slots, start))
+    arguments = (
+        records, *constants, turns, *angles, None if rows is None else rows.contiguous(), out,
+        batch, heads, units, first // UNIT, records.stride(1), *(out.stride(i) for i in range(3)),
+    )  # fmt: skip
+    threads = batch * heads * units * codec.head_dim // _SLICE * _WARP
+    return Launch("dense.cu", "decode_units", definitions, arguments, -(-threads // THREADS), THREADS, 0)

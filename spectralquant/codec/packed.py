@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from spectralquant.codec.codec import LayerCodec
-from spectralquant.codec.layout import UNIT
-from spectralquant.codec.units import unpack_units
+from spectralquant.codec.layout import MASKED_GAIN, UNIT, unpack_gains
+from spectralquant.codec.units import decode_units
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class PackedKV:
         out[:, :, self.packed :] = raw
         for first in range(0, self.packed, self.tile_tokens):
             last = min(first + self.tile_tokens, self.packed)
-            out[:, :, first:last] = self._decode(which, first, last)
+            self.decode(which, first, last, out[:, :, first:last].transpose(1, 2))
         exact = self.exact_keys if which == "key" else self.exact_values
         valid, heads = self.exact_valid(), torch.arange(raw.shape[1], device=raw.device)
         for row in range(raw.shape[0]):
@@ -80,13 +80,14 @@ class PackedKV:
             out[row, heads[:, None], self.exact_slots[row, at].long()[None]] = exact[row][:, at].to(self.dtype)
         return out
 
-    def _decode(self, which: str, first: int, last: int) -> Tensor:
-        """Slots first .. last - 1 (multiples of 128) decoded, [B, H, last - first, D] float32."""
-        records = self.records[:, :, first // UNIT : last // UNIT]
-        planes, gains = unpack_units(self.codec.layout, records, which, self.kernels)
-        if which == "value":
-            return self.codec.place_values(self.codec.value.scaled(planes, gains))
-        return self.codec.place_keys(self.codec.key.scaled(planes, gains), torch.arange(first, last, device=records.device), self.start)
+    def decode(self, which: str, first: int, last: int, out: Tensor, rows: Tensor | None = None) -> None:
+        """Write packed slots first .. last - 1 (multiples of 128), "key" or "value", to `out` [B, R, H, D]; see `units.decode_units`."""
+        decode_units(self.codec, self.records[:, :, first // UNIT : last // UNIT], which, first, self.start, out, rows, self.kernels)
+
+    def coded(self) -> Tensor:
+        """[B, packed] bool: slots whose code counts; the others are in the exact store, or padding. The same for all heads."""
+        _, gains, _, _ = self.codec.layout.split(self.records[:, 0, : self.packed // UNIT])
+        return unpack_gains(gains).flatten(1) != MASKED_GAIN
 
 
 class LazyKV(torch.Tensor):

@@ -1,4 +1,4 @@
-"""Keys and values into packed units, and units into planes: by the CUDA kernels where they can, by PyTorch everywhere else."""
+"""Keys and values into packed units, and back: by the CUDA kernels where they can, by PyTorch everywhere else."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from spectralquant.codec.codec import LayerCodec
-from spectralquant.codec.decode_cuda import plan_unpack
+from spectralquant.codec.decode_cuda import OUT_DTYPES, plan_decode
 from spectralquant.codec.encode_cuda import FusedEncoder, can_encode
-from spectralquant.codec.layout import UNIT, RecordLayout, gain_values, pack_planes, unpack_gains, unpack_planes
+from spectralquant.codec.layout import UNIT, pack_planes, unpack_gains, unpack_planes
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +52,34 @@ def encode_units(codec: LayerCodec, keys: Tensor, values: Tensor, before: Tensor
     return EncodedUnits(gains, value_gains, codec.key.error(centred, planes, gains), codec.value_size(values))
 
 
-def unpack_units(layout: RecordLayout, records: Tensor, which: str, kernels: bool) -> tuple[Tensor, Tensor]:
-    """Planes [B, H, U * 128, P] uint8 and gains [B, H, U * 128] float32 (0: masked) of one side, in token order.
+def decode_units(
+    codec: LayerCodec, records: Tensor, which: str, first: int, start: Tensor, out: Tensor, rows: Tensor | None = None, kernels: bool = False
+) -> None:
+    """Write the dense keys or values of whole units, K at its absolute rotation. A slot that does not count gives the mean.
 
     Args:
-        layout: Of the records.
-        records: [B, H, U, record_bytes] uint8, a part of a contiguous store.
+        codec: The layer's codec.
+        records: [B, H, T / 128, record_bytes] uint8, a part of a contiguous store.
         which: "key" or "value".
-        kernels: Whether CUDA kernels may do it.
+        first: Slot of the first of T, a multiple of 128.
+        start: [B] int64, slots of left padding.
+        out: [B, R, H, D] of any strides but the last, which is 1.
+        rows: [B, T] int32, row of `out` for each slot, -1 for a slot to leave out; None: rows 0 .. T - 1.
+        kernels: Whether a CUDA kernel may do it.
     """
-    if kernels:
-        launch = plan_unpack(layout, records, which)
-        launch.run()
-        return launch.planes, launch.gains
-    key, key_gain, value, value_gain = layout.split(records)
+    if kernels and out.dtype in OUT_DTYPES:
+        plan_decode(codec, records, which, first, start, out, rows).run(records.device)
+        return
+    slots = torch.arange(first, first + records.shape[2] * UNIT, device=records.device)
+    key, key_gain, value, value_gain = codec.layout.split(records)
     codes, gains = (key, key_gain) if which == "key" else (value, value_gain)
-    return unpack_planes(codes, which).flatten(2, 3), gain_values(unpack_gains(gains).flatten(2))
+    planes, gain_codes = unpack_planes(codes, which).flatten(2, 3), unpack_gains(gains).flatten(2)
+    dense = (codec.decode_keys(planes, gain_codes, slots, start) if which == "key" else codec.decode_values(planes, gain_codes)).transpose(1, 2)
+    if rows is None:
+        out[:, : len(slots)] = dense
+        return
+    for sequence, source, row in zip(out, dense, rows, strict=True):
+        sequence[row[row >= 0].long()] = source[row >= 0].to(out.dtype)
 
 
 @cache

@@ -22,12 +22,12 @@ __device__ void write_state(State& st, float* to) {
 #pragma unroll
     for (int k = 0; k < CV; k++)
 #pragma unroll
-        for (int i = 0; i < 2 * COLUMNS; i++) to[own_row(i % COLUMNS) * PV + 16 * k + r + 8 * (i / COLUMNS)] = st.planes[k][i / COLUMNS * 2 + i % COLUMNS] * unscaled;
+        for (int i = 0; i < 2 * COLUMNS; i++) to[(16 * k + r + 8 * (i / COLUMNS)) * ROWS + own_row(i % COLUMNS)] = st.planes[k][i / COLUMNS * 2 + i % COLUMNS] * unscaled;
     float* dense = to + ROWS * PV;
 #pragma unroll
     for (int g = 0; g < DIM_CHUNKS; g++)
 #pragma unroll
-        for (int i = 0; i < 2 * COLUMNS; i++) dense[own_row(i % COLUMNS) * D + dense_dim(g, r, i / COLUMNS)] = st.dense[g][i / COLUMNS * 2 + i % COLUMNS];
+        for (int i = 0; i < 2 * COLUMNS; i++) dense[dense_dim(g, r, i / COLUMNS) * ROWS + own_row(i % COLUMNS)] = st.dense[g][i / COLUMNS * 2 + i % COLUMNS];
     if (r == 0) {
         float* rows = dense + ROWS * D;
 #pragma unroll
@@ -51,8 +51,8 @@ __device__ __forceinline__ float warp_total(float x) {
     return x;
 }
 
-// The warps' states to one, in sm.joined. Rows from `rows` on are not in use. By the whole block.
-__device__ void join_warps(Shared& sm, int rows) {
+// The warps' states to one, in sm.joined. By the whole block.
+__device__ void join_warps(Shared& sm) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const float* of_lane = (const float*)sm.slots[lane % WARPS] + PEAKS + warp % ROWS;  // warp w joins peaks and masses of row w
     const float peak = warp_most(*of_lane), w = lane < WARPS ? exp2_approx(*of_lane - peak) : 0.f;
@@ -60,14 +60,15 @@ __device__ void join_warps(Shared& sm, int rows) {
     if (warp < ROWS && lane < WARPS) sm.weight[lane][warp] = w;
     if (warp < ROWS && lane == 0) sm.joined[PEAKS + warp] = peak, sm.joined[PEAKS + ROWS + warp] = packed, sm.joined[PEAKS + 2 * ROWS + warp] = dense;
     __syncthreads();
-    const int planes = rows * (PV / 4);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < planes + rows * QUADS; i += THREADS) {
-        const int row = i < planes ? i / (PV / 4) : (i - planes) / QUADS, at = i < planes ? 4 * i : 4 * (i - planes) + ROWS * PV;
+    for (int i = threadIdx.x; i < PEAKS / 4; i += THREADS) {  // four rows of a plane or dim
         Float4 sum = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-        for (int k = 0; k < WARPS; k++) add_scaled(sum, *(const Float4*)((const float*)sm.slots[k] + at), sm.weight[k][row]);
-        *(Float4*)(sm.joined + at) = sum;
+        for (int k = 0; k < WARPS; k++) {
+            const Float4 x = ((const Float4*)sm.slots[k])[i], w = *(const Float4*)&sm.weight[k][4 * (i % COLUMNS)];
+            sum.x += w.x * x.x, sum.y += w.y * x.y, sum.z += w.z * x.z, sum.w += w.w * x.w;
+        }
+        ((Float4*)sm.joined)[i] = sum;
     }
     __syncthreads();
 }
@@ -83,7 +84,7 @@ __device__ __forceinline__ void write_out(const Arguments& a, i64 at, float x) {
 }
 
 #define PLANES_OF_THREAD ((PV + SLICES - 1) / SLICES)
-#define PLANES_AHEAD (PLANES_OF_THREAD < 20 ? PLANES_OF_THREAD : 20)  // rows of V in flight
+#define PLANES_AHEAD (PLANES_OF_THREAD < 10 ? PLANES_OF_THREAD : 10)  // rows of V in flight
 
 // Rows of V that a thread needs: four dims of planes first, first + SLICES, ...
 __device__ __forceinline__ void load_rows(const Arguments& a, int head, int first, Float4 (&rows)[PLANES_AHEAD]) {
@@ -107,7 +108,7 @@ __device__ __forceinline__ void leave_plane_space(const Arguments& a, int head, 
             const int p = first + SLICES * i;
             if (PV % (SLICES * PLANES_AHEAD) == 0 || p < PV)  // a check less where planes come out even
 #pragma unroll
-                for (int n = 0; n < ROWS; n++) add_scaled(x[n], ahead[i], sm.joined[n * PV + p]);
+                for (int n = 0; n < ROWS; n++) add_scaled(x[n], ahead[i], sm.joined[p * ROWS + n]);
         }
     }
     Float4* parts = (Float4*)sm.slots;
@@ -118,7 +119,8 @@ __device__ __forceinline__ void leave_plane_space(const Arguments& a, int head, 
 // Four dims of a row's sum of all that this block has joined, V's mean and exact tokens included. Once leave_plane_space is done.
 __device__ __forceinline__ Float4 sum_of_parts(const Arguments& a, int head, const Shared& sm, int row, int quad) {
     const Float4* parts = (const Float4*)sm.slots + row * QUADS + quad;
-    Float4 sum = *(const Float4*)(sm.joined + ROWS * PV + row * D + 4 * quad);
+    const float* dense = sm.joined + ROWS * (PV + 4 * quad) + row;
+    Float4 sum = {dense[0], dense[ROWS], dense[2 * ROWS], dense[3 * ROWS]};
     add_scaled(sum, ((const Float4*)a.value_mean)[head * QUADS + quad], sm.joined[PEAKS + ROWS + row]);
 #pragma unroll
     for (int k = 0; k < SLICES; k++) add_scaled(sum, parts[k * ROWS * QUADS], 1.f);
@@ -148,20 +150,22 @@ __device__ __forceinline__ bool is_last(int* ticket, int blocks) {
 }
 
 #define AHEAD 8  // reads in flight: their latency is what joining costs
+#define SUMMERS LARGER(THREADS / (ROWS * QUADS), 1)  // threads that share four dims of a row
 
-// The partial results of an item to the output, in order of blocks: which one came last must not change the sum. By the whole block.
+// The partial results of an item to the output, in an order that does not depend on which block came last. By the whole block.
 __device__ void join_blocks(const Arguments& a, const Stretch& s, Shared& sm, int rows) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, share = threadIdx.x / (ROWS * QUADS);
     const float* first = a.partials + 2 * (i64)s.first_block * PARTIAL;
     auto at = [&](int k) { return first + (2 * k + (k == 0)) * PARTIAL; };
     auto load_sums = [&](int k0, int i, Float4(&x)[AHEAD]) {
 #pragma unroll
-        for (int k = 0; k < AHEAD; k++) x[k] = load_global16(at(min(k0 + k, s.blocks - 1)) + 2 * ROWS + 4 * i);
+        for (int k = 0; k < AHEAD; k++) x[k] = load_global16(at(min(k0 + SUMMERS * k, s.blocks - 1)) + 2 * ROWS + 4 * i);
     };
     Float4 x[AHEAD];
-    if (threadIdx.x < rows * QUADS) load_sums(0, threadIdx.x, x);
+    load_sums(share, threadIdx.x % (ROWS * QUADS), x);
     float* weights = (float*)sm.slots;  // [blocks][ROWS]
     float* masses = weights + s.blocks * ROWS;
+    Float4* sums = (Float4*)(masses + s.blocks * ROWS);
     if (warp < ROWS) {  // warp w joins peaks and masses of row w
         float peak = NOTHING, mass = 0.f;
 #pragma unroll 1
@@ -182,17 +186,26 @@ __device__ void join_blocks(const Arguments& a, const Stretch& s, Shared& sm, in
     }
     __syncthreads();
 #pragma unroll 1
-    for (int i = threadIdx.x; i < rows * QUADS; i += THREADS) {
-        const int row = i / QUADS;
+    for (int i = threadIdx.x; i < SUMMERS * ROWS * QUADS; i += THREADS) {
+        const int quad = i % (ROWS * QUADS), row = quad / QUADS;
         Float4 sum = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 1
-        for (int k0 = 0; k0 < s.blocks; k0 += AHEAD) {
-            if (k0 || i != threadIdx.x) load_sums(k0, i, x);
+        for (int k0 = share; k0 < s.blocks; k0 += SUMMERS * AHEAD) {
+            if (k0 != share || i != threadIdx.x) load_sums(k0, quad, x);
 #pragma unroll
-            for (int k = 0; k < AHEAD; k++) add_scaled(sum, x[k], k0 + k < s.blocks ? weights[(k0 + k) * ROWS + row] : 0.f);
+            for (int k = 0; k < AHEAD; k++) add_scaled(sum, x[k], k0 + SUMMERS * k < s.blocks ? weights[(k0 + SUMMERS * k) * ROWS + row] : 0.f);
         }
-        finish(a, s, row, i - row * QUADS, sum, sm.joined[ROWS + row], sm.joined[row]);
+        if (SUMMERS == 1 && row < rows) finish(a, s, row, quad - row * QUADS, sum, sm.joined[ROWS + row], sm.joined[row]);
+        if (SUMMERS > 1) sums[i] = sum;
     }
+    if (SUMMERS == 1) return;
+    __syncthreads();
+    const int row = threadIdx.x / QUADS;
+    if (row >= rows) return;
+    Float4 sum = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int k = 0; k < SUMMERS; k++) add_scaled(sum, sums[k * ROWS * QUADS + threadIdx.x], 1.f);
+    finish(a, s, row, threadIdx.x - row * QUADS, sum, sm.joined[ROWS + row], sm.joined[row]);
 }
 
 // A block's stretch of an item is done. A whole item is finished; a part of one is left for the last block to come.
@@ -200,7 +213,7 @@ __device__ void leave(const Arguments& a, const Stretch& s, Shared& sm) {
     const int rows = min(ROWS, a.groups * a.positions - s.row_group * ROWS);
     Float4 ahead[PLANES_AHEAD];
     load_rows(a, s.head, threadIdx.x / QUADS, ahead);
-    join_warps(sm, rows);
+    join_warps(sm);
     leave_plane_space(a, s.head, sm, ahead);
     __syncthreads();
     const bool whole = s.last - s.first == s.count;

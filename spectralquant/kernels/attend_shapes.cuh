@@ -29,7 +29,7 @@
 #define TRANSFORM_BYTES (TRANSFORM_CHUNKS * DIM_CHUNKS * 512)
 #define TABLE_BYTES (RUN / 16 * MEAN_CHUNKS * 512)
 #define QUERY_STRIDE (D + 16)  // floats; the pad keeps rows on different banks
-#define STATE (ROWS * (PV + D) + 3 * ROWS)  // floats a warp leaves: planes [ROWS][PV], dense [ROWS][D], then peak, packed mass and dense mass [ROWS] each
+#define STATE (ROWS * (PV + D) + 3 * ROWS)  // floats a warp leaves: planes [PV][ROWS], dense [D][ROWS], then peak, packed mass and dense mass [ROWS] each
 #define PARTIAL (2 * ROWS + ROWS * D)  // floats a block leaves: peak and mass of each row, then sums [ROWS][D]
 #define PARTS_BYTES (4 * ROWS * THREADS * 4)  // of all slots: sums in as many parts as threads can make at once, see attend_join.cuh
 #define LARGER(x, y) ((x) > (y) ? (x) : (y))
@@ -75,7 +75,7 @@ struct Shared {
     u32 dense_query[DIM_CHUNKS][2][32][2];   // fragments of the queries as they came: high and low parts
     float norm[ROWS];                        // the powers of two
     float mean[ROWS];                        // plain frame: scores of the mean
-    float weight[WARPS][ROWS];
+    alignas(16) float weight[WARPS][ROWS];
     union {
         Pair32 next[WARPS][TRANSFORM_CHUNKS + 1][32];  // mapped queries of every warp's next run: fragments, then zero points
         alignas(16) float joined[STATE];               // when the steps are done

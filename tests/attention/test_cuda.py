@@ -206,6 +206,13 @@ def test_build_constants_rejects_levels_from_tables() -> None:
         build_constants(codec)
 
 
+def test_plan_refuses_more_steps_than_the_kernel_counts() -> None:
+    case = Case(batch=1)
+    constants, kv = build_constants(case.kv.codec), replace(case.kv, records=case.kv.records[:, :, :1].expand(-1, -1, 1 << 30, -1))
+    with pytest.raises(BackendError, match="2\\^31"):
+        plan_launch(case.query, kv, constants, constants.turns, Workspace.make(1, 1, 1, case.start.device), None, None, None)
+
+
 def test_row_groups_cover_all_queries() -> None:
     case = Case(groups=3, new=7, batch=1)
     launch = case.launch()

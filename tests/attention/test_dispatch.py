@@ -14,8 +14,9 @@ from transformers.masking_utils import sliding_window_causal_mask_function
 import spectralquant.attention.dispatch as dispatch
 import spectralquant.cache.segment as segment_module
 from spectralquant import SpectralQuantEngine
-from spectralquant.attention.dispatch import attend_packed, make_mask
+from spectralquant.attention.dispatch import CPU_ROWS, GPU_LENGTH, GPU_ROWS, attend_packed, make_mask
 from spectralquant.attention.reference import attend
+from spectralquant.attention.tiles import attend_tiles
 from spectralquant.cache.hf import cache_argument
 from spectralquant.cache.segment import Segment
 from spectralquant.codec.codec import build_codec
@@ -44,15 +45,17 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Double:
     return made
 
 
-def packed(new: int = 1, padding: tuple[int, ...] = (0, 3), kernels: bool = True) -> tuple[Tensor, PackedKV]:
-    """Queries [2, 4, new, 64] and what they read: 300 tokens and theirs."""
-    codec = build_codec(synthetic.profile(layers=(0,)), PRESETS["high"], Dials())[0]
-    keys, values = torch.randn(2, 2, 300 + new, 64), torch.randn(2, 2, 300 + new, 64)
-    segment = Segment(codec, CacheConfig(), keys, torch.tensor(padding))
+def packed(
+    new: int = 1, padding: tuple[int, ...] = (0, 3), kernels: bool = True, groups: int = 2, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Tensor, PackedKV]:
+    """Queries [2, 2 groups, new, 64] and what they read: 300 tokens and theirs."""
+    codec = build_codec(synthetic.profile(layers=(0,)), PRESETS["high"], Dials(), device)[0]
+    keys, values = torch.randn(2, 2, 2, 300 + new, 64, dtype=dtype, device=device)
+    segment = Segment(codec, CacheConfig(), keys, torch.tensor(padding, device=device))
     segment.update(keys[:, :, :300], values[:, :, :300])
     view = segment.update(keys[:, :, 300:], values[:, :, 300:])
     assert view is not None
-    return torch.randn(2, 4, new, 64), replace(view, kernels=kernels)
+    return torch.randn(2, 2 * groups, new, 64, dtype=dtype, device=device), replace(view, kernels=kernels)
 
 
 def mask_of(tokens: Tensor | None, new: int, length: int, **options: Any) -> Tensor | None:
@@ -96,6 +99,55 @@ def test_reference_takes_everything_else(double: Double) -> None:
         torch.testing.assert_close(attend_packed(query, kv, mask), attend(query, kv, mask))
     attend_packed(query, replace(kv, kernels=False), mask_of(left_padded(302, 0, 3), 2, 302))
     assert double.calls == 0
+
+
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Positions of the queries of every call of `attend_tiles`."""
+    calls: list[int] = []
+
+    def counted(query: Tensor, *args: Any) -> Tensor:
+        calls.append(query.shape[2])
+        return attend_tiles(query, *args)
+
+    monkeypatch.setattr(dispatch, "attend_tiles", counted)
+    return calls
+
+
+def test_tiles_take_many_queries_on_a_cpu(tiles: list[int]) -> None:
+    for new in (CPU_ROWS // 2 - 1, CPU_ROWS // 2):  # two query heads to a KV head
+        query, kv = packed(new, kernels=False)
+        mask = mask_of(left_padded(300 + new, 0, 3), new, 300 + new)
+        torch.testing.assert_close(attend_packed(query, kv, mask, 0.2), attend(query, kv, mask, 0.2), rtol=1e-4, atol=1e-5)
+    assert tiles == [CPU_ROWS // 2]
+
+
+def test_tiles_leave_other_masks_and_softcaps_to_others(tiles: list[int], double: Double) -> None:
+    query, kv = packed(100, kernels=False)
+    hole = left_padded(400, 0, 3)
+    hole[1, 50] = False
+    for mask in (None, mask_of(hole, 100, 400), torch.ones(2, 1, 100, 400, dtype=torch.bool)):
+        torch.testing.assert_close(attend_packed(query, kv, mask), attend(query, kv, mask))
+    mask = mask_of(left_padded(400, 0, 3), 100, 400)
+    attend_packed(query, kv, mask, softcap=5.0)
+    assert not double.calls
+    attend_packed(query, replace(kv, kernels=True), mask, softcap=5.0)
+    assert double.calls == 1 and not tiles
+
+
+@pytest.mark.gpu
+def test_tiles_take_many_queries_on_a_gpu(tiles: list[int]) -> None:
+    """From a number of rows and of positions on, in 16 bits, where kernels may run."""
+    for new, groups, dtype, kernels in (
+        (GPU_ROWS // 8, 2, torch.bfloat16, True),
+        (GPU_ROWS // 8 - 1, 2, torch.bfloat16, True),
+        (GPU_LENGTH - 1, GPU_ROWS // GPU_LENGTH, torch.bfloat16, True),
+        (GPU_ROWS // 8, 2, torch.float32, True),
+        (GPU_ROWS // 8, 2, torch.bfloat16, False),
+    ):
+        query, kv = packed(new, (0, 0), kernels, groups, dtype, "cuda")
+        attend_packed(query, kv)
+    assert tiles == [GPU_ROWS // 8]
 
 
 def test_generation_reaches_the_kernel(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerances import ATTENTION
 from torch import Tensor
 
 from spectralquant.attention.reference import attend
@@ -12,8 +13,6 @@ from spectralquant.cache.segment import Segment
 from spectralquant.codec.packed import PackedKV
 from spectralquant.config import CacheConfig
 from spectralquant.engine import SpectralQuantEngine
-
-ATTENTION = 2e-5  # relative RMS: both sides are float32 and differ in the order of sums
 
 
 def relative_rms(got: Tensor, want: Tensor) -> float:

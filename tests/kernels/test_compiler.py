@@ -117,7 +117,7 @@ def test_compile_cubin_rejects_unknown_architectures() -> None:
 
 
 def test_compile_cubin_rejects_missing_definitions() -> None:
-    with pytest.raises(BackendError, match="define KEY_PLANES, VALUE_PLANES and IS_KEY"):
+    with pytest.raises(BackendError, match="define D, KEY_PLANES, VALUE_PLANES, IS_KEY"):
         compile_cubin("dense.cu", {"KEY_PLANES": 16}, ARCH)
 
 
@@ -158,7 +158,7 @@ def test_find_obstacle(arch: str, driver: tuple[int, int] | None, text: str | No
 
 def test_load_rejects_other_devices() -> None:
     with pytest.raises(BackendError, match="expected a CUDA device"):
-        load("dense.cu", DENSE, "decode_planes", torch.device("cpu"))
+        load("dense.cu", DENSE, "decode_units", torch.device("cpu"))
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------
