@@ -18,10 +18,10 @@ from spectralquant.attention.reference import attend
 from spectralquant.attention.tiles import FLASH_DTYPES, attend_tiles
 from spectralquant.codec.packed import PackedKV
 
-GPU_ROWS, GPU_LENGTH = 8192, 64
-"""Rows of queries, batch times heads times positions, and positions, from which tiles serve a GPU. The kernel reads codes once for every 8 rows, so its
-time grows with rows; flash attention takes rows in blocks of 128 of a head, each on a multiprocessor of its own, and can't be faster than one block. By the
-times of the kernel in docs/kernels.md and a third of the peak rate of an H100 the two meet near 5,000 rows. A block should be half full at least."""
+GPU_ELEMENTS, GPU_LENGTH = 1 << 21, 64
+"""Elements of the queries and positions from which tiles serve a GPU. The kernel reads codes once for every 8 rows, so its time grows with the queries; tiles
+have the cost of decoding, whatever the queries. On an H100 the two met between 1.6 and 2.1 million elements at head sizes 64 and 128, at 1.2 million at 256.
+Flash attention takes positions of a head in blocks of 128; one should be half full at least."""
 CPU_ROWS = 128
 """Rows of queries per KV head from which tiles serve a CPU: decoding costs what the reference takes for about 96 (SmolLM2's shape, 2,048 packed tokens)."""
 _NOTE = "spectralquant_padding"
@@ -41,9 +41,9 @@ def attend_packed(
 
 def _tiles_pay(query: Tensor, kv: PackedKV) -> bool:
     """Whether `attend_tiles` can take these queries and is the fastest."""
-    batch, query_heads, length, _ = query.shape
+    query_heads, length = query.shape[1:3]
     if query.is_cuda:
-        many = length >= GPU_LENGTH and batch * query_heads * length >= GPU_ROWS
+        many = length >= GPU_LENGTH and query.numel() >= GPU_ELEMENTS
         return many and kv.kernels and query.dtype in FLASH_DTYPES and torch.backends.cuda.is_flash_attention_available()
     many = query_heads // kv.shape[1] * length >= CPU_ROWS
     return many and query.device.type == "cpu" and query.dtype in (torch.float32, *FLASH_DTYPES)

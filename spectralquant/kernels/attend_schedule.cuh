@@ -46,7 +46,7 @@ __device__ Schedule make_schedule(const Arguments& a) {
     }
     p.steps = warp_sum(steps), p.parts = warp_sum(sequences), longest = warp_max(longest);
     const int lines = a.heads * a.row_groups, starts_of_one = p.parts;
-    p.cut = a.blocks_per_line;
+    p.cut = min(a.blocks_per_line, p.steps);  // parts of no steps would all begin an item
     if (p.parts == 1) {
         if (p.cut > 1) p.parts = p.cut, longest = ceil_div(longest, p.cut);
     } else if (p.parts && p.cut > 1) {

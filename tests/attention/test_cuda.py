@@ -55,6 +55,7 @@ def run_on_host(launch: Launch) -> Tensor:
     code = library(frozenset(launch.definitions.items()))
     assert code.shared_size() <= launch.shared_bytes
     launch.out.fill_(torch.nan)
+    launch.arguments[19].fill_(torch.nan)  # partial results: whatever was in memory
 
     def packed(kind: Any, of: Any, value: Callable[[Any], Any]) -> Any:
         found = [value(a) for a in launch.arguments if type(a) is of]
@@ -163,14 +164,14 @@ def random_options(seed: int) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", range(6))
 def test_kernel_on_random_shapes_on_the_host(seed: int) -> None:
     case = Case(**random_options(seed))
-    assert relative_rms(run_on_host(case.launch(random.Random(seed).randint(1, 40))), case.want()) < ERROR[case.query.dtype]
+    assert relative_rms(run_on_host(case.launch(random.Random(seed).choice([1, 5, 40, 132]))), case.want()) < ERROR[case.query.dtype]
 
 
 @HOST
 def test_kernel_does_not_depend_on_the_split() -> None:
     """Any number of blocks, more than there are steps included: the same up to the order of sums, and the same bits every time."""
     case = Case(batch=3, start=(0, 5, 130))
-    first, *others = (run_on_host(case.launch(blocks)) for blocks in (1, 2, 3, 7, 16, 64, 64))
+    first, *others = (run_on_host(case.launch(blocks)) for blocks in (1, 2, 3, 7, 16, 64, 400, 400))
     for other in others:
         assert relative_rms(other, first) < 10 * FLOAT32
     assert torch.equal(others[-1], others[-2])

@@ -14,7 +14,7 @@ from transformers.masking_utils import sliding_window_causal_mask_function
 import spectralquant.attention.dispatch as dispatch
 import spectralquant.cache.segment as segment_module
 from spectralquant import SpectralQuantEngine
-from spectralquant.attention.dispatch import CPU_ROWS, GPU_LENGTH, GPU_ROWS, attend_packed, make_mask
+from spectralquant.attention.dispatch import CPU_ROWS, GPU_ELEMENTS, GPU_LENGTH, attend_packed, make_mask
 from spectralquant.attention.reference import attend
 from spectralquant.attention.tiles import attend_tiles
 from spectralquant.cache.hf import cache_argument
@@ -137,17 +137,19 @@ def test_tiles_leave_other_masks_and_softcaps_to_others(tiles: list[int], double
 
 @pytest.mark.gpu
 def test_tiles_take_many_queries_on_a_gpu(tiles: list[int]) -> None:
-    """From a number of rows and of positions on, in 16 bits, where kernels may run."""
+    """From a number of elements and of positions on, in 16 bits, where kernels may run."""
+    query, _ = packed(64, (0, 0), True, 2, torch.bfloat16, "cuda")
+    enough = GPU_ELEMENTS * 64 // query.numel()
     for new, groups, dtype, kernels in (
-        (GPU_ROWS // 8, 2, torch.bfloat16, True),
-        (GPU_ROWS // 8 - 1, 2, torch.bfloat16, True),
-        (GPU_LENGTH - 1, GPU_ROWS // GPU_LENGTH, torch.bfloat16, True),
-        (GPU_ROWS // 8, 2, torch.float32, True),
-        (GPU_ROWS // 8, 2, torch.bfloat16, False),
+        (enough, 2, torch.bfloat16, True),
+        (enough - 1, 2, torch.bfloat16, True),
+        (GPU_LENGTH - 1, 2 * enough // GPU_LENGTH + 2, torch.bfloat16, True),
+        (enough, 2, torch.float32, True),
+        (enough, 2, torch.bfloat16, False),
     ):
         query, kv = packed(new, (0, 0), kernels, groups, dtype, "cuda")
         attend_packed(query, kv)
-    assert tiles == [GPU_ROWS // 8]
+    assert tiles == [enough]
 
 
 def test_generation_reaches_the_kernel(
