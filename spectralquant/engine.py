@@ -5,6 +5,7 @@ An engine keeps one calibration per model, told apart by the model's fingerprint
 
 import inspect
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,17 +17,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from spectralquant import prompts
-from spectralquant.attention.hf import register
-from spectralquant.cache.hf import SpectralCache, cache_argument, coded_layer_indices
+from spectralquant import application, prompts
+from spectralquant.cache.hf import SpectralCache, cache_argument, coded_layer_indices, layer_devices, model_device
 from spectralquant.calibration.hf import collect, fingerprint
 from spectralquant.codec.budget import require_head_dim, semantic_size
-from spectralquant.codec.codec import LayerCodec, build_codec
+from spectralquant.codec.codec import LayerCodec, build_codec, place_codecs
 from spectralquant.codec.quantizer import QUANTIZERS
 from spectralquant.config import CacheConfig, Dials, require_int
 from spectralquant.corpus import make_samples, token_budget
 from spectralquant.errors import CalibrationError, ConfigError, ShapeError, UnsupportedModelError
-from spectralquant.follow_up import install_generate, remove_generate
 from spectralquant.original_format import load_original, original_pair
 from spectralquant.presets import CompressionPreset, resolve_preset
 from spectralquant.profile import Profile, load_profile, with_suffix
@@ -34,6 +33,9 @@ from spectralquant.selection import choose
 
 UNNAMED = ""
 """Key of a calibration that does not say for which model it was made."""
+
+_lock = threading.RLock()
+"""Held while an engine learns something: threads that share one wait instead of calibrating or training twice."""
 
 
 class SpectralQuantEngine:
@@ -160,6 +162,11 @@ class SpectralQuantEngine:
         self._profiles[key], self._latest = profile, key
         self._codecs = {k: v for k, v in self._codecs.items() if k[0] != key}
 
+    def _calibrate_once(self, model: PreTrainedModel, tokenizer: Any) -> None:
+        with _lock:
+            if self._latest is None:
+                self.calibrate(model, tokenizer)
+
     def _check_model(self, model: PreTrainedModel) -> None:
         text = model.config.get_text_config(decoder=True)
         if not getattr(text, "num_attention_heads", None):
@@ -192,29 +199,19 @@ class SpectralQuantEngine:
 
     def apply_to(self, model: PreTrainedModel) -> PreTrainedModel:
         """Make `model` read packed caches directly, until `remove_from`. Other models, and its own dense caches, are not touched."""
-        if not hasattr(model, "_spectralquant_before"):
-            model._spectralquant_before = model.config._attn_implementation  # pyright: ignore
-            model.set_attn_implementation(register())
-            install_generate(model)
+        application.apply(model)
         return model
 
     def remove_from(self, model: PreTrainedModel) -> PreTrainedModel:
         """Undo `apply_to`."""
-        if hasattr(model, "_spectralquant_before"):
-            model.set_attn_implementation(model._spectralquant_before)  # pyright: ignore
-            del model._spectralquant_before
-            remove_generate(model)
+        application.remove(model)
         return model
 
     @contextmanager
     def applied_to(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-        """`apply_to` for the length of a with block (no effect at its end if it was applied before)."""
-        before = hasattr(model, "_spectralquant_before")
-        try:
-            yield self.apply_to(model)
-        finally:
-            if not before:
-                self.remove_from(model)
+        """`apply_to` for the length of a with block (no effect at its end if it was applied before, or another thread is inside such a block)."""
+        with application.applied(model):
+            yield model
 
     def cache(self, model: PreTrainedModel) -> SpectralCache:
         """An empty cache for `model.generate(..., past_key_values=cache)`; applies the engine to the model.
@@ -223,16 +220,20 @@ class SpectralQuantEngine:
         its arguments is still the model's own: right, but without CUDA graphs, and codes don't know of left padding. Call `apply_to` or `cache` before it.
         """
         self.apply_to(model)
-        return SpectralCache(model.config, self.profile_codec(model), self.cache_config)
+        return SpectralCache(model.config, self.profile_codec(model), self.cache_config, self._fingerprint(model)["weights"])
 
     def profile_codec(self, model: PreTrainedModel | None = None) -> dict[int, LayerCodec]:
-        """Layer index -> codec at this engine's preset and dials, on the model's device (without a model: the latest calibration's, on the CPU)."""
+        """Layer index -> codec at this engine's preset and dials, where the layer runs (without a model: the latest calibration's, on the CPU)."""
         profile = self._profile(model)
-        device = torch.device("cpu") if model is None else model.device
-        key = (profile.model.get("weights", UNNAMED), str(device))
-        if key not in self._codecs:
+        device = torch.device("cpu") if model is None else model_device(model)
+        devices = {} if model is None else layer_devices(model)
+        key = (profile.model.get("weights", UNNAMED), str([str(devices.get(i, device)) for i in profile.layers]))
+        with _lock:
+            if key in self._codecs:
+                return self._codecs[key]
             with tqdm(total=1.0, desc="training codebooks", bar_format="{l_bar}{bar}| {elapsed}", delay=1.0, leave=False) as bar:
-                self._codecs[key] = build_codec(profile, self.preset, self.dials, device, self.quantizer, _advance_to(bar))
+                built = build_codec(profile, self.preset, self.dials, device, self.quantizer, _advance_to(bar))
+            self._codecs[key] = place_codecs(built, devices)
         return self._codecs[key]
 
     # Generation -----------------------------------------------------------------------------------------------------
@@ -254,9 +255,8 @@ class SpectralQuantEngine:
             count everything, prefill and compression included.
         """
         count = require_int("max_new_tokens", max_new_tokens, 0)
-        inputs = prompts.encode(tokenizer, prompt, add_special_tokens, model.device)
-        if self._latest is None:
-            self.calibrate(model, tokenizer)
+        inputs = prompts.encode(tokenizer, prompt, add_special_tokens, model_device(model))
+        self._calibrate_once(model, tokenizer)
         with self.applied_to(model):
             began = time.perf_counter()
             cache = self.cache(model)
@@ -270,9 +270,9 @@ class SpectralQuantEngine:
         tokens = [prompts.strip_padding(row, tokenizer) for row in new]
         texts = [tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
         made = sum(len(t) for t in tokens)
-        self._last_stats = self._stats(cache, made, seconds)
+        stats = self._last_stats = self._stats(cache, made, seconds)
         batch = inputs.batched or len(texts) > 1
-        return {"text": texts if batch else texts[0], "tokens": tokens if batch else tokens[0], "stats": self._last_stats}
+        return {"text": texts if batch else texts[0], "tokens": tokens if batch else tokens[0], "stats": stats}
 
     def compress_prefill(self, model: PreTrainedModel, tokenizer: Any, prompt: Any, *, add_special_tokens: bool = True) -> dict[str, Any]:
         """Run a prompt once and keep its compressed cache for any number of follow-ups.
@@ -283,25 +283,24 @@ class SpectralQuantEngine:
         Returns:
             {input_ids [1, T], logits [1, vocabulary] of the last position, next_token, cache, prompt_length, stats}
         """
-        inputs = prompts.encode(tokenizer, prompt, add_special_tokens, model.device)
+        inputs = prompts.encode(tokenizer, prompt, add_special_tokens, model_device(model))
         if len(inputs.ids) != 1:
             raise ConfigError(f"prompt holds {len(inputs.ids)} sequences; compress_prefill takes one")
-        if self._latest is None:
-            self.calibrate(model, tokenizer)
+        self._calibrate_once(model, tokenizer)
         began = time.perf_counter()
         cache = self.cache(model)
         keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         with torch.no_grad():
             logits = model(input_ids=inputs.ids, use_cache=True, **cache_argument(model, cache), **keep).logits[:, -1]
         cache.prefix_ids = inputs.ids
-        self._last_stats = self._stats(cache, 0, time.perf_counter() - began)
+        stats = self._last_stats = self._stats(cache, 0, time.perf_counter() - began)
         return {
             "input_ids": inputs.ids,
             "logits": logits,
             "next_token": int(logits.argmax(-1)),
             "cache": cache,
             "prompt_length": inputs.ids.shape[1],
-            "stats": self._last_stats,
+            "stats": stats,
         }
 
     prefill_compress = compress_prefill
@@ -309,7 +308,7 @@ class SpectralQuantEngine:
 
     def collect_kv(self, model: PreTrainedModel, tokenizer: Any, prompt: Any) -> DynamicCache:
         """The uncompressed cache of a prompt."""
-        inputs = prompts.encode(tokenizer, prompt, True, model.device)
+        inputs = prompts.encode(tokenizer, prompt, True, model_device(model))
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         with torch.no_grad():
             model.base_model(input_ids=inputs.ids, attention_mask=inputs.mask, use_cache=True, **cache_argument(model, cache))

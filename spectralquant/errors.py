@@ -25,5 +25,9 @@ class UnsupportedModelError(SpectralQuantError, NotImplementedError):
     """The model has nothing this package can compress, or a layer it can't be right about; the text names it."""
 
 
+class GradientError(SpectralQuantError, RuntimeError):
+    """A gradient was asked for that has to pass through packed keys and values."""
+
+
 class BackendError(SpectralQuantError, RuntimeError):
     """CUDA kernels were asked for and can't be built, loaded or launched here: no usable GPU, a missing package, a compile error."""

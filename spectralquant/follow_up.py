@@ -1,11 +1,12 @@
-"""`model.generate` for caches that hold a prefix: works on a copy, and takes the new tokens alone or the whole text.
+"""`model.generate` for packed caches: of a prefix it works on a copy, and takes the new tokens alone or the whole text.
 
 transformers takes a non-empty cache to hold the first tokens of `input_ids` and slices them off. A user who compressed a document
 once wants to pass a question alone, several times. So on a model that an engine was applied to, `generate` puts the prefix in front
-when it is missing, hands transformers a copy of the cache, and takes the prefix off the result. Everything else passes through.
+when it is missing, hands transformers a copy of the cache, and takes the prefix off the result. A call that fails leaves the cache
+as it found it. Everything else passes through.
 """
 
-from functools import wraps
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectralquant.cache.hf import SpectralCache, cache_argument
+from spectralquant.calibration.hf import fingerprint
 from spectralquant.decode_graph import graphed_steps
 from spectralquant.errors import ConfigError
 
@@ -20,59 +22,90 @@ CACHE_ARGUMENTS = ("past_key_values", "cache")
 """Names of the cache in `generate`: before transformers 5.24, and since."""
 
 
-def install_generate(model: Any) -> None:
-    """Wrap this instance's `generate`."""
-    original = model.generate
+class Generate:
+    """One model's `generate`. An object and no closure, so a copy of the model gets one of its own.
 
-    @wraps(original)
-    def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.original, self.weights = model, model.generate, None
+        update_wrapper(self, self.original)
+
+    def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         name = next((n for n in CACHE_ARGUMENTS if isinstance(kwargs.get(n), SpectralCache)), None)
         if name is None:
-            return original(inputs, *args, **kwargs)
+            return self.original(inputs, *args, **kwargs)
         cache = kwargs.pop(name)
-        target = cache_argument(model, cache)
+        self._require_own(cache)
         if cache.prefix_ids is not None:
-            return _follow_up(original, model, inputs, args, kwargs, cache)
-        mask = kwargs.get("attention_mask")
-        if mask is not None and cache.get_seq_length() == 0:
+            return self._follow_up(inputs, args, kwargs, cache)
+        mask, before = kwargs.get("attention_mask"), cache.get_seq_length()
+        if mask is not None and before == 0:
             cache.set_padding(mask)
-        with graphed_steps(model, cache):
-            return original(inputs, *args, **target, **kwargs)
+        try:
+            return self._run(inputs, args, kwargs, cache)
+        except BaseException:
+            cache.roll_back(before)
+            raise
 
-    model.generate = generate
+    def _run(self, inputs: Tensor | None, args: Any, kwargs: dict[str, Any], cache: SpectralCache) -> Any:
+        with graphed_steps(self.model, cache):
+            return self.original(inputs, *args, **cache_argument(self.model, cache), **kwargs)
+
+    def _require_own(self, cache: SpectralCache) -> None:
+        if cache.weights is None:
+            return
+        self.weights = self.weights or fingerprint(self.model)["weights"]
+        if cache.weights != self.weights:
+            raise ConfigError(f"the cache was made for another model than this {type(self.model).__name__}; make one with engine.cache(model)")
+
+    def _follow_up(self, inputs: Tensor | None, args: Any, kwargs: dict[str, Any], held: SpectralCache) -> Any:
+        prefix, cache = held.prefix_ids, held.copy()
+        assert prefix is not None
+        cache.prefix_ids = None
+        ids = kwargs.pop("input_ids", inputs)
+        if ids is None:
+            raise ConfigError("generate was given a cache and no input_ids; pass the new tokens, or the whole text")
+        prefix = prefix.to(ids.device)
+        batch, width = ids.shape[0], prefix.shape[1]
+        rows = batch * self._sequences_per_prompt(args, kwargs)
+        if rows > 1:
+            cache.batch_repeat_interleave(rows)
+        whole = ids.shape[1] >= width and bool((ids[:, :width] == prefix).all())
+        if whole and ids.shape[1] == width:
+            cache.roll_back(width - 1)  # generation needs one token to start from
+        if not whole:
+            ids = torch.cat([prefix.expand(batch, -1), ids], 1)
+            mask = kwargs.get("attention_mask")
+            if mask is not None:
+                kwargs["attention_mask"] = torch.cat([mask.new_ones((batch, width)), mask], 1)
+            if kwargs.get("max_length") is not None:
+                kwargs["max_length"] += width
+        out = self._run(ids, args, kwargs, cache)
+        if whole:
+            return out
+        if isinstance(out, Tensor):
+            return out[:, width:]
+        out.sequences = out.sequences[:, width:]
+        return out
+
+    def _sequences_per_prompt(self, args: Any, kwargs: dict[str, Any]) -> int:
+        """Rows that transformers makes of each prompt: beams, or samples."""
+        config = kwargs.get("generation_config") or (args[0] if args else None) or self.model.generation_config
+
+        def option(name: str) -> int:
+            return kwargs.get(name) or getattr(config, name, None) or getattr(self.model.generation_config, name, None) or 1
+
+        return max(option("num_beams"), option("num_return_sequences"))
+
+
+def install_generate(model: Any) -> None:
+    """Wrap this instance's `generate`."""
+    model.generate = Generate(model)
 
 
 def remove_generate(model: PreTrainedModel) -> None:
     """Undo `install_generate`."""
     model.__dict__.pop("generate", None)
-
-
-def _follow_up(original: Any, model: Any, inputs: Tensor | None, args: Any, kwargs: dict[str, Any], held: SpectralCache) -> Any:
-    prefix, cache = held.prefix_ids, held.copy()
-    assert prefix is not None
-    cache.prefix_ids = None
-    ids = kwargs.pop("input_ids", inputs)
-    if ids is None:
-        raise ConfigError("generate was given a cache and no input_ids; pass the new tokens, or the whole text")
-    prefix = prefix.to(ids.device)
-    batch, width = ids.shape[0], prefix.shape[1]
-    if batch > 1:
-        cache.batch_repeat_interleave(batch)
-    whole = ids.shape[1] >= width and bool((ids[:, :width] == prefix).all())
-    if whole and ids.shape[1] == width:
-        cache.crop(-1)  # generation needs one token to start from
-    if not whole:
-        ids = torch.cat([prefix.expand(batch, -1), ids], 1)
-        mask = kwargs.get("attention_mask")
-        if mask is not None:
-            kwargs["attention_mask"] = torch.cat([mask.new_ones((batch, width)), mask], 1)
-        if kwargs.get("max_length") is not None:
-            kwargs["max_length"] += width
-    with graphed_steps(model, cache):
-        out = original(ids, *args, **cache_argument(model, cache), **kwargs)
-    if whole:
-        return out
-    if isinstance(out, Tensor):
-        return out[:, width:]
-    out.sequences = out.sequences[:, width:]
-    return out

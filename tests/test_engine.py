@@ -234,7 +234,7 @@ def test_bfloat16_keys_beyond_float16_range(tokenizer: TinyTokenizer) -> None:
     engine.calibrate(model, tokenizer, get_default_calibration_texts(12), progress=False)
     cache, prompt = engine.cache(model), torch.randint(3, 199, (1, 500))
     model(prompt, past_key_values=cache)
-    view = cache.coded_layers[0].segment.update(*[torch.zeros(1, 2, 1, 32, dtype=torch.bfloat16)] * 2)
+    view = cache.copy().coded_layers[0].segment.update(*[torch.zeros(1, 2, 1, 32, dtype=torch.bfloat16)] * 2)
     assert view.dense("key").abs().max() > 65504
     assert model(prompt[:, :1], past_key_values=cache).logits.isfinite().all()
 

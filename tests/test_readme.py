@@ -36,7 +36,7 @@ def test_python_blocks_run_in_order(page: str, llama: PreTrainedModel, tokenizer
             exec(compile(block, page, "exec"), names)  # our own page
     finally:
         llama.__dict__.pop("generate", None)
-        llama.__dict__.pop("_spectralquant_before", None)
+        llama.__dict__.pop("_spectralquant", None)
         llama.set_attn_implementation(before)
 
 

@@ -11,7 +11,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from spectralquant.attention.dispatch import attend_packed, make_mask
-from spectralquant.codec.packed import LazyKV
+from spectralquant.codec.packed import LazyKV, plain_arithmetic, without_gradient
+from spectralquant.errors import ConfigError
 
 NAME = "spectralquant"
 
@@ -23,6 +24,7 @@ def register() -> str:
     return NAME
 
 
+@torch.compiler.disable  # whether keys are packed, and how many, is seen when it runs
 def spectral_attention(
     module: nn.Module,
     query: Tensor,
@@ -35,9 +37,17 @@ def spectral_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, Hq, Q, D], key and value [B, H, T, D] or LazyKV, mask [B, 1, Q, T] bool or None -> [B, Q, Hq, D], None."""
+    """query [B, Hq, Q, D], key and value [B, H, T, D] or LazyKV, mask [B, 1, Q, T] bool or None -> [B, Q, Hq, D], None.
+
+    Raises:
+        ConfigError: Dropout over packed keys.
+    """
     if isinstance(key, LazyKV):
-        out = attend_packed(query, key.packed_kv, attention_mask, scaling, softcap, s_aux)
+        if dropout:
+            raise ConfigError(f"attention dropout of {dropout} can't be applied to packed keys; call model.eval(), or train without a compressed cache")
+        with plain_arithmetic(query.device):
+            out = attend_packed(query, key.packed_kv, attention_mask, scaling, softcap, s_aux)
+        (out,) = without_gradient((out,), (query, key))
     else:
         out = dense_attention(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux, kwargs.get("is_causal"))
     return out.transpose(1, 2).contiguous(), None

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from spectralquant.cache.segment import Segment, use_kernels
 from spectralquant.codec.codec import LayerCodec, codec_nbytes
-from spectralquant.codec.packed import LazyKV
+from spectralquant.codec.packed import LazyKV, plain_arithmetic, without_gradient
 from spectralquant.config import CacheConfig
-from spectralquant.errors import ConfigError, UnsupportedModelError
+from spectralquant.errors import ConfigError, ShapeError, UnsupportedModelError
 
 
 class SpectralLayer(CacheLayerMixin):
@@ -48,13 +49,20 @@ class SpectralLayer(CacheLayerMixin):
         if self.segment is None:
             self.lazy_initialization(key_states, value_states)
         assert self.segment is not None
-        if self.stepping:
-            view = self.segment.append(key_states.detach(), value_states.detach())
-            return LazyKV(view, "key"), LazyKV(view, "value")
-        view = self.segment.update(key_states.detach(), value_states.detach())
+        if key_states.device != self.segment.records.device:
+            self._follow(key_states.device)
+        with plain_arithmetic(key_states.device):
+            append = self.segment.append if self.stepping else self.segment.update
+            view = append(key_states.detach(), value_states.detach())
         if view is None:
             return key_states, value_states
-        return LazyKV(view, "key"), LazyKV(view, "value")
+        lazy = LazyKV(view, "key"), LazyKV(view, "value")
+        return without_gradient(lazy, (key_states, value_states))
+
+    def _follow(self, device: torch.device) -> None:
+        if device != self.device:
+            raise ConfigError(f"keys are on {device} and the cache was made on {self.device}; make a new cache after moving a model")
+        self.prefetch()
 
     def runs_kernels(self, device: torch.device) -> bool:
         """Whether attention over this layer on `device` is the fused kernel's."""
@@ -77,10 +85,11 @@ class SpectralLayer(CacheLayerMixin):
         """Negative: remove that many tokens. Positive (before 5.15): the length to keep."""
         if self.segment is not None and tokens_to_remove:
             length = self.segment.length + tokens_to_remove if tokens_to_remove < 0 else tokens_to_remove
-            self.segment.crop(max(length, 0))
+            with plain_arithmetic(self.segment.records.device):
+                self.segment.crop(max(length, 0))
 
     def reset(self) -> None:
-        self.segment, self.is_initialized = None, False
+        self.segment, self.padding, self.is_initialized = None, None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -99,7 +108,8 @@ class SpectralLayer(CacheLayerMixin):
 
     def _map(self, fn: Any) -> None:
         if self.segment is not None:
-            self.segment.map_batch(fn)
+            with plain_arithmetic(self.segment.records.device):
+                self.segment.map_batch(fn)
 
 
 class SpectralCache(DynamicCache):
@@ -109,6 +119,7 @@ class SpectralCache(DynamicCache):
         model_config: The model's configuration.
         codecs: Layer index -> codec, from `codec.codec.build_codec`.
         config: What stays exact.
+        weights: Fingerprint of the model that the cache is for; `generate` of another model refuses it. None: not known.
 
     Attributes:
         prefix_ids: Token ids [1, T] of a prefix that this cache holds for any number of follow-ups, or None. `generate` of a model
@@ -118,18 +129,51 @@ class SpectralCache(DynamicCache):
         UnsupportedModelError: A calibrated layer is not a plain growing layer in this model.
     """
 
-    def __init__(self, model_config: PretrainedConfig, codecs: dict[int, LayerCodec], config: CacheConfig | None = None) -> None:
+    def __init__(
+        self, model_config: PretrainedConfig, codecs: dict[int, LayerCodec], config: CacheConfig | None = None, weights: str | None = None
+    ) -> None:
         layers = dense_layers(model_config)
         for index in codecs:
             if index >= len(layers) or type(layers[index]) is not DynamicLayer:
                 raise UnsupportedModelError(f"layer {index} of this model is no plain attention layer, the calibration has one; calibrate this model")
         config = config or CacheConfig()
         Cache.__init__(self, layers=[SpectralLayer(codecs[i], config) if i in codecs else layer for i, layer in enumerate(layers)])
+        self.weights = weights
         self.prefix_ids: Tensor | None = None
 
     @property
     def coded_layers(self) -> list[SpectralLayer]:
         return [layer for layer in self.layers if isinstance(layer, SpectralLayer)]
+
+    @torch.compiler.disable
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As in `Cache`, outside of what torch.compile traces: where codes are written depends on the data.
+
+        Raises:
+            ShapeError: The model has more layers than the cache, or keys have another batch or head size.
+            ConfigError: Layers hold different numbers of tokens, or keys are on another device.
+        """
+        if layer_idx >= len(self.layers):
+            raise ShapeError(f"layer {layer_idx} asks for its cache, which was made for a model of {len(self.layers)} layers; make it with engine.cache(model)")
+        layer, first = self.layers[layer_idx], next((x for x in self.layers if isinstance(x, SpectralLayer)), None)
+        if isinstance(layer, SpectralLayer) and first is not None and layer is not first and not layer.stepping:
+            held, others = layer.get_seq_length(), first.get_seq_length() - key_states.shape[-2]
+            if held != others:
+                raise ConfigError(f"layer {layer_idx} holds {held} tokens, others {others}: a forward pass was interrupted; call cache.roll_back(length)")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def roll_back(self, length: int) -> None:
+        """Go back to the first `length` tokens, from whatever state a forward pass that failed has left. Layers whose window has slid on can't: then
+        the cache is empty afterwards, and the next `generate` reads the whole text anew."""
+        try:
+            for layer in self.layers:
+                if layer.is_initialized and layer.get_seq_length() > length:
+                    layer.crop(length - layer.get_seq_length())
+            whole = all(layer.get_seq_length() == length for layer in self.layers)
+        except (AttributeError, NotImplementedError, RuntimeError):  # transformers' layers that can't be cropped, or have no length
+            whole = False
+        if not length or not whole:
+            self.reset()
 
     def set_padding(self, attention_mask: Tensor) -> None:
         """Tell an empty cache where each sequence starts, from a 2-D mask [B, T] with zeros on the left.
@@ -179,8 +223,12 @@ class SpectralCache(DynamicCache):
         """An independent cache with the same content; codec constants are shared."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.layers = [_copy_layer(layer) for layer in self.layers]
+        with plain_arithmetic(torch.device("cpu")):
+            other.layers = [_copy_layer(layer) for layer in self.layers]
         return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SpectralCache":
+        return self.copy()
 
 
 def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
@@ -218,5 +266,33 @@ def _copy_layer(layer: Any) -> Any:
     if isinstance(other, SpectralLayer):
         other.segment = other.segment.copy() if other.segment is not None else None
     else:
-        other.__dict__.update({k: v.clone() for k, v in vars(layer).items() if isinstance(v, Tensor)})
+        other.__dict__.update(tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, dict(vars(layer))))
     return other
+
+
+def layer_devices(model: PreTrainedModel) -> dict[int, torch.device]:
+    """Layer index -> where its attention runs, which differs between layers of a model that was loaded with a `device_map`."""
+    found: dict[int, torch.device] = {}
+    for module in model.modules():
+        index, device = getattr(module, "layer_idx", None), _device_of(module)
+        if isinstance(index, int) and device is not None:
+            found.setdefault(index, device)
+    return found
+
+
+def model_device(model: PreTrainedModel) -> torch.device:
+    """Where inputs go: the model's device, or that of its first layer if its first weights are offloaded."""
+    return model.device if model.device.type != "meta" else layer_devices(model).get(0, torch.device("cpu"))
+
+
+def _device_of(module: Any) -> torch.device | None:
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)  # accelerate's: the weights may be elsewhere between two passes
+        for one in getattr(hook, "hooks", (hook,)):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+        own = next(part.parameters(recurse=False), None)
+        if own is not None and own.device.type != "meta":
+            return own.device
+    return None

@@ -87,9 +87,38 @@ class Segment:
         return [self.records, self.recent_keys, self.recent_values, self.start, self.lengths, self.secondary, self.chosen.tokens, self.chosen.secondary]
 
     def update(self, keys: Tensor, values: Tensor) -> PackedKV | None:
-        """Append keys and values [B, H, T, D]. Returns what attention reads, or None when nothing was stored before."""
-        was_empty, count = self.length == 0, keys.shape[-2]
+        """Append keys and values [B, H, T, D], or nothing of them where that fails.
+
+        Returns:
+            What attention reads, or None when nothing was stored before.
+
+        Raises:
+            ShapeError: `keys` has another batch, number of heads or head size.
+        """
+        self._require_shape(keys)
+        was_empty = self.length == 0
         self.pack_ready()
+        packed, recent = self.packed, self.recent
+        try:
+            return self._append(keys, values, was_empty)
+        except BaseException:  # out of memory, or interrupted: the next one must not find half of it
+            if UNIT * int(self.lengths[0, 0]) > packed:
+                self._drop_exact(packed)
+            self._keep(packed, recent)
+            raise
+
+    def _require_shape(self, keys: Tensor) -> None:
+        batch, heads, _, dim = self.recent_keys.shape
+        if keys.shape[0] != batch:
+            raise ShapeError(
+                f"keys of {keys.shape[0]} sequences came to a cache that holds {batch}; give it the same batch, "
+                "or repeat or select its rows first (cache.batch_repeat_interleave, cache.batch_select_indices)"
+            )
+        if (keys.shape[1], keys.shape[3]) != (heads, dim):
+            raise ShapeError(f"keys have {keys.shape[1]} heads of size {keys.shape[3]}, the cache {heads} of size {dim}; it was made for another model")
+
+    def _append(self, keys: Tensor, values: Tensor, was_empty: bool) -> PackedKV | None:
+        count = keys.shape[-2]
         if self.recent + count <= self.recent_keys.shape[-2]:
             self.recent_keys[:, :, self.recent : self.recent + count] = keys
             self.recent_values[:, :, self.recent : self.recent + count] = values
@@ -245,25 +274,30 @@ class Segment:
         """Keep the first `length` tokens. Tokens of a block that is cut go back to the window as their code says they are."""
         if length >= self.length:
             return
-        self.encoded = False
         if length >= self.packed:
-            self.recent = length - self.packed
-            self._write_lengths()
+            self._keep(self.packed, length - self.packed)
             return
         keep = length // UNIT * UNIT
         view = self._view(self.recent_keys[:, :, :0], self.recent_values[:, :, :0], self.lengths)
         back = length - keep
         keys, values = (view.dense(which)[:, :, keep:length] for which in ("key", "value"))
-        dropped = self.exact_slots >= keep
+        self._drop_exact(keep)
+        self._keep(keep, back)
+        self.recent_keys[:, :, :back], self.recent_values[:, :, :back] = keys, values
+
+    def _keep(self, packed: int, recent: int) -> None:
+        """Let `packed` tokens in the store and `recent` in the window count, and no others."""
+        self.packed, self.recent, self.encoded = packed, recent, False
+        self._write_lengths()
+
+    def _drop_exact(self, first: int) -> None:
+        """Forget exact tokens of slots from `first` on."""
+        dropped = self.exact_slots >= first
         self.secondary = self.secondary - (dropped & (self.exact_slots - self.start[:, None] >= self.config.sinks)).sum(-1)
         order = dropped.int().argsort(dim=-1, stable=True)  # used entries stay in front
         self.exact_slots = self.exact_slots.masked_fill(dropped, -1).gather(1, order)
         index = order[:, None, :, None].expand_as(self.exact_keys)
         self.exact_keys, self.exact_values = self.exact_keys.gather(2, index), self.exact_values.gather(2, index)
-        self.packed, self.recent = keep, 0
-        self.recent_keys[:, :, :back], self.recent_values[:, :, :back] = keys, values
-        self.recent = back
-        self._write_lengths()
 
     def map_batch(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn`, which picks rows of dimension 0 and returns new storage, to every tensor."""

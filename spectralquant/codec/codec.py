@@ -18,7 +18,8 @@ mean `mean R(j)`, j the offset in the run. Computed in float32; 8-bit log gains 
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -256,6 +257,23 @@ def codec_nbytes(codecs: Iterable[LayerCodec]) -> int:
     codecs = list(codecs)
     frames = {id(c.frame): c.frame.turns.untyped_storage().nbytes() for c in codecs if c.frame is not None}
     return sum(c.nbytes for c in codecs) + sum(frames.values())
+
+
+def place_codecs(codecs: dict[int, LayerCodec], devices: dict[int, torch.device]) -> dict[int, LayerCodec]:
+    """`codecs`, each on its layer's device; layers without one stay where they are. What layers of one device share stays shared."""
+    moved: dict[tuple[int, torch.device], Any] = {}
+
+    def place(value: Any, device: torch.device) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        if not is_dataclass(value):
+            return value
+        key = (id(value), device)
+        if key not in moved:
+            moved[key] = replace(value, **{f.name: place(getattr(value, f.name), device) for f in fields(value)})  # pyright: ignore[reportArgumentType]
+        return moved[key]
+
+    return {i: place(codec, devices[i]) if i in devices and devices[i] != codec.value_norm.device else codec for i, codec in codecs.items()}
 
 
 def build_codec(

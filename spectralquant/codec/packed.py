@@ -4,6 +4,8 @@ A cached sequence is three disjoint sets of slots: packed (slots below `packed` 
 and secondary sinks, unordered), and raw (the recent window and the tokens of this call, slots `packed` .. `length - 1`).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.utils._pytree import tree_map
 from spectralquant.codec.codec import LayerCodec
 from spectralquant.codec.layout import MASKED_GAIN, UNIT, unpack_gains
 from spectralquant.codec.units import decode_units
+from spectralquant.errors import GradientError
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,36 @@ class PackedKV:
         return unpack_gains(gains).flatten(1) != MASKED_GAIN
 
 
+@contextmanager
+def plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """Where codes are written and read: without autocast, whose 16-bit products would coarsen them, without autograd, which they have none of, and without
+    inference mode, whose tensors could not be written outside of it later."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """Tensors whose gradient is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise GradientError(
+            "gradients don't flow through packed keys and values; train without a compressed cache (use_cache=False, or past_key_values=None), "
+            "and run what only reads one under torch.no_grad()"
+        )
+
+
+def without_gradient(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`outputs`, made of `inputs` in a way that has no gradient: `backward` through them raises GradientError instead of giving a wrong one."""
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
+        return outputs
+    return _WithoutGradient.apply(len(outputs), *outputs, *inputs)  # pyright: ignore[reportReturnType]
+
+
 class LazyKV(torch.Tensor):
     """A tensor [B, H, T, D] that stands for packed keys or values.
 
@@ -116,6 +149,9 @@ class LazyKV(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def plain(x: Any) -> Any:
-            return x.packed_kv.dense(x.which) if isinstance(x, LazyKV) else x
+            if not isinstance(x, LazyKV):
+                return x
+            with plain_arithmetic(x.device):
+                return x.packed_kv.dense(x.which)
 
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
