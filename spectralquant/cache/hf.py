@@ -20,6 +20,10 @@ from spectralquant.config import CacheConfig
 from spectralquant.errors import ConfigError, ShapeError, UnsupportedModelError
 
 
+CANDIDATES = 128
+"""Tokens of assisted decoding that may be refused at once without a trace in the cache. The window's buffer grows by as many when that many come."""
+
+
 class SpectralLayer(CacheLayerMixin):
     """One coded layer. `update` returns the raw tensors on an empty layer (prefill attends in full precision) and LazyKV after."""
 
@@ -33,6 +37,7 @@ class SpectralLayer(CacheLayerMixin):
         self.segment: Segment | None = None
         self.padding: Tensor | None = None
         self.is_initialized = False  # the base class of 4.56 does not set it
+        self.record_past = False  # whether candidates may be refused, see `activate_past_recording`
         self.stepping = False  # whether `update` takes one token per sequence for a CUDA graph, see `Segment.append`
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
@@ -43,6 +48,7 @@ class SpectralLayer(CacheLayerMixin):
                 raise ConfigError(f"the cache was told of {len(self.padding)} sequences and got a batch of {batch}")
             start = self.padding.to(key_states.device).repeat_interleave(batch // len(self.padding))
         self.segment = Segment(self.codec, self.config, key_states, start)
+        self.segment.candidates = CANDIDATES if self.record_past else 0
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -87,6 +93,12 @@ class SpectralLayer(CacheLayerMixin):
             length = self.segment.length + tokens_to_remove if tokens_to_remove < 0 else tokens_to_remove
             with plain_arithmetic(self.segment.records.device):
                 self.segment.crop(max(length, 0))
+
+    def activate_past_recording(self) -> None:
+        """From now on up to `CANDIDATES` tokens can be cropped after the update that brought them, as if they had never been there."""
+        self.record_past = True
+        if self.segment is not None:
+            self.segment.candidates = CANDIDATES
 
     def reset(self) -> None:
         self.segment, self.padding, self.is_initialized = None, None, False
@@ -156,6 +168,8 @@ class SpectralCache(DynamicCache):
         if layer_idx >= len(self.layers):
             raise ShapeError(f"layer {layer_idx} asks for its cache, which was made for a model of {len(self.layers)} layers; make it with engine.cache(model)")
         layer, first = self.layers[layer_idx], next((x for x in self.layers if isinstance(x, SpectralLayer)), None)
+        if first is not None and first.segment is not None:
+            first.segment.require_batch(len(key_states))  # layers of transformers may come before
         if isinstance(layer, SpectralLayer) and first is not None and layer is not first and not layer.stepping:
             held, others = layer.get_seq_length(), first.get_seq_length() - key_states.shape[-2]
             if held != others:

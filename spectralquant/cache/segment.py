@@ -41,6 +41,7 @@ class Segment:
         start: [B] int64, slots of left padding.
 
     Attributes:
+        candidates: Tokens of an update that may be cropped right after it, so that no block with one of them is packed before the next update.
         ahead: Units more than are needed that a store gets room for when it grows: what a CUDA graph reads should seldom move.
         encoded: The window's oldest block is in `records` already, as the unit after the last one that counts. Whoever launches `encode_block` sets it.
         chosen: What stays exact of that block.
@@ -59,6 +60,7 @@ class Segment:
         self.tile_tokens = config.tile_on(keys.device.type)
         self.kernels = use_kernels(codec, config, keys.device)
         self.encode_kernels = choose_for_feature("encoding", resolve_backend(config.backend, keys.device)).name == "cuda"
+        self.candidates = 0
         self.ahead = 0
         self.encoded = False
         self._padding: tuple[int, ...] | None = None
@@ -107,18 +109,24 @@ class Segment:
             self._keep(packed, recent)
             raise
 
-    def _require_shape(self, keys: Tensor) -> None:
-        batch, heads, _, dim = self.recent_keys.shape
-        if keys.shape[0] != batch:
+    def require_batch(self, batch: int) -> None:
+        """Raise ShapeError unless `batch` sequences are held."""
+        if batch != len(self.start):
             raise ShapeError(
-                f"keys of {keys.shape[0]} sequences came to a cache that holds {batch}; give it the same batch, "
+                f"keys of {batch} sequences came to a cache that holds {len(self.start)}; give it the same batch, "
                 "or repeat or select its rows first (cache.batch_repeat_interleave, cache.batch_select_indices)"
             )
+
+    def _require_shape(self, keys: Tensor) -> None:
+        self.require_batch(len(keys))
+        _, heads, _, dim = self.recent_keys.shape
         if (keys.shape[1], keys.shape[3]) != (heads, dim):
             raise ShapeError(f"keys have {keys.shape[1]} heads of size {keys.shape[3]}, the cache {heads} of size {dim}; it was made for another model")
 
     def _append(self, keys: Tensor, values: Tensor, was_empty: bool) -> PackedKV | None:
         count = keys.shape[-2]
+        if count <= self.candidates:
+            self._reserve_window(self.recent + count)
         if self.recent + count <= self.recent_keys.shape[-2]:
             self.recent_keys[:, :, self.recent : self.recent + count] = keys
             self.recent_values[:, :, self.recent : self.recent + count] = values
@@ -131,6 +139,11 @@ class Segment:
         view = None if was_empty else self._view(keys, values, self.lengths + torch.tensor([0, count], dtype=torch.int32, device=keys.device))
         self._replace_recent(keys, values)
         return view
+
+    def _reserve_window(self, need: int) -> None:
+        if need > self.recent_keys.shape[2]:
+            size = self.config.window + UNIT + self.candidates
+            self.recent_keys, self.recent_values = (_grow(t, 2, size, fill=0) for t in (self.recent_keys, self.recent_values))
 
     @property
     def tokens_left(self) -> int:
@@ -208,10 +221,11 @@ class Segment:
     def _replace_recent(self, keys: Tensor, values: Tensor) -> None:
         """Make keys and values, slots packed .., the window: pack all full blocks but the last `window` tokens."""
         count = keys.shape[-2]
-        blocks = max(count - self.config.window, 0) // UNIT * UNIT
+        blocks = max(count - self.config.window - self.candidates, 0) // UNIT * UNIT
         for first in range(0, blocks, self.tile_tokens):
             last = min(first + self.tile_tokens, blocks)
             self._pack(keys[:, :, first:last], values[:, :, first:last], reserve=blocks - first)
+        self._reserve_window(count - blocks)
         self.recent = count - blocks
         self.recent_keys[:, :, : self.recent] = keys[:, :, blocks:]
         self.recent_values[:, :, : self.recent] = values[:, :, blocks:]
