@@ -42,12 +42,13 @@ class SpectralLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         batch = key_states.shape[0]
-        start = torch.zeros(batch, dtype=torch.int64, device=key_states.device)
-        if self.padding is not None:
-            if batch % len(self.padding):
-                raise ConfigError(f"the cache was told of {len(self.padding)} sequences and got a batch of {batch}")
-            start = self.padding.to(key_states.device).repeat_interleave(batch // len(self.padding))
-        self.segment = Segment(self.codec, self.config, key_states, start)
+        with plain_arithmetic(key_states.device):
+            start = torch.zeros(batch, dtype=torch.int64, device=key_states.device)
+            if self.padding is not None:
+                if batch % len(self.padding):
+                    raise ConfigError(f"the cache was told of {len(self.padding)} sequences and got a batch of {batch}")
+                start = self.padding.to(key_states.device).repeat_interleave(batch // len(self.padding))
+            self.segment = Segment(self.codec, self.config, key_states, start)
         self.segment.candidates = CANDIDATES if self.record_past else 0
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 

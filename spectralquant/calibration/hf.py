@@ -62,7 +62,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     text = model.config.get_text_config(decoder=True)
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
+        flat = _stored(model, name, parameter).detach().flatten()
         digest.update(f"{name.removeprefix('model.')}{tuple(parameter.shape)}".encode())
         if flat.is_floating_point() and flat.device.type != "meta":
             sample = flat[:: max(len(flat) // 64, 1)][:64]
@@ -74,6 +74,13 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "query_heads": getattr(text, "num_attention_heads", None),
         "weights": digest.hexdigest()[:32],
     }
+
+
+def _stored(model: PreTrainedModel, name: str, parameter: Tensor) -> Tensor:
+    """The values of `parameter`, also of one that accelerate keeps elsewhere between two passes."""
+    module, _, leaf = name.rpartition(".")
+    weights = getattr(getattr(model.get_submodule(module), "_hf_hook", None), "weights_map", None)
+    return weights[leaf] if parameter.device.type == "meta" and weights is not None else parameter
 
 
 class _Recorder:
