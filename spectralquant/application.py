@@ -12,6 +12,7 @@ from threading import RLock, get_ident
 from typing import Any
 
 from spectralquant.attention.hf import register
+from spectralquant.calibration.hf import unwrapped
 from spectralquant.follow_up import install_generate, remove_generate
 
 _NOTE = "_spectralquant"
@@ -35,7 +36,7 @@ class _Application:
 
 def is_applied(model: Any) -> bool:
     """Whether `model` reads packed caches directly."""
-    return hasattr(model, _NOTE)
+    return hasattr(unwrapped(model), _NOTE)
 
 
 def apply(model: Any) -> None:
@@ -47,6 +48,7 @@ def apply(model: Any) -> None:
 
 def remove(model: Any) -> None:
     """Make `model` what it was before, whoever changed it."""
+    model = unwrapped(model)
     with _lock:
         if is_applied(model):
             model.set_attn_implementation(getattr(model, _NOTE).before)
@@ -57,7 +59,7 @@ def remove(model: Any) -> None:
 @contextmanager
 def applied(model: Any) -> Iterator[None]:
     """`apply` for the length of a with block. The last one to end puts the model back, unless it was asked for without an end."""
-    thread = get_ident()
+    model, thread = unwrapped(model), get_ident()
     with _lock:
         note = _noted(model)
         note.blocks[thread] += 1
@@ -71,6 +73,7 @@ def applied(model: Any) -> Iterator[None]:
 
 
 def _noted(model: Any) -> _Application:
+    model = unwrapped(model)
     if not is_applied(model):
         note = _Application(model.config._attn_implementation)
         model.set_attn_implementation(register())

@@ -19,7 +19,6 @@ from spectralquant.codec.packed import LazyKV, plain_arithmetic, without_gradien
 from spectralquant.config import CacheConfig
 from spectralquant.errors import ConfigError, ShapeError, UnsupportedModelError
 
-
 CANDIDATES = 128
 """Tokens of assisted decoding that may be refused at once without a trace in the cache. The window's buffer grows by as many when that many come."""
 
@@ -142,9 +141,7 @@ class SpectralCache(DynamicCache):
         UnsupportedModelError: A calibrated layer is not a plain growing layer in this model.
     """
 
-    def __init__(
-        self, model_config: PretrainedConfig, codecs: dict[int, LayerCodec], config: CacheConfig | None = None, weights: str | None = None
-    ) -> None:
+    def __init__(self, model_config: PretrainedConfig, codecs: dict[int, LayerCodec], config: CacheConfig | None = None, weights: str | None = None) -> None:
         layers = dense_layers(model_config)
         for index in codecs:
             if index >= len(layers) or type(layers[index]) is not DynamicLayer:
@@ -180,14 +177,17 @@ class SpectralCache(DynamicCache):
     def roll_back(self, length: int) -> None:
         """Go back to the first `length` tokens, from whatever state a forward pass that failed has left. Layers whose window has slid on can't: then
         the cache is empty afterwards, and the next `generate` reads the whole text anew."""
+        dummies = getattr(self, "is_dummy", [False] * len(self.layers))  # layers without a cache, since transformers 5.23
+        layers: list[Any] = [layer for layer, dummy in zip(self.layers, dummies, strict=True) if not dummy]
+        whole = length > 0 and all(isinstance(layer, CacheLayerMixin) for layer in layers)  # recurrent states don't go back
         try:
-            for layer in self.layers:
-                if layer.is_initialized and layer.get_seq_length() > length:
+            for layer in layers if whole else ():
+                if layer.get_seq_length() > length:
                     layer.crop(length - layer.get_seq_length())
-            whole = all(layer.get_seq_length() == length for layer in self.layers)
-        except (AttributeError, NotImplementedError, RuntimeError):  # transformers' layers that can't be cropped, or have no length
+                whole = whole and layer.get_seq_length() == length
+        except (NotImplementedError, RuntimeError):  # what transformers' layers raise that can't be cropped
             whole = False
-        if not length or not whole:
+        if not whole:
             self.reset()
 
     def set_padding(self, attention_mask: Tensor) -> None:

@@ -53,12 +53,19 @@ class ModelStatistics:
     longest: int = DEFAULT_LONGEST
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside wrappers of torch.compile and peft."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """What identifies a model: architecture, shapes, and a hash over a sample of its weights.
 
     The signs of up to 64 values of every parameter go into the hash: rounding to float16 or bfloat16 keeps them, so the same model in any of these
     shares its calibration, while a fine-tune turns some of these thousands and does not.
     """
+    model = unwrapped(model)
     text = model.config.get_text_config(decoder=True)
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

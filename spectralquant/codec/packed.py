@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils._pytree import tree_map
 
 from spectralquant.codec.codec import LayerCodec
@@ -146,12 +147,27 @@ class LazyKV(torch.Tensor):
     def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         return f"LazyKV({self.which}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
+    def dense(self) -> Tensor:
+        """What this tensor stands for."""
+        with plain_arithmetic(self.packed_kv.records.device):
+            return self.packed_kv.dense(self.which)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, HigherOrderOperator):  # flex attention is one: they have no way to `__torch_dispatch__`
+            args, kwargs = tree_map(_joined, args), tree_map(_joined, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def plain(x: Any) -> Any:
-            if not isinstance(x, LazyKV):
-                return x
-            with plain_arithmetic(x.device):
-                return x.packed_kv.dense(x.which)
+        return func(*tree_map(_dense, args), **tree_map(_dense, kwargs or {}))
 
-        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
+
+def _dense(x: Any) -> Any:
+    return x.dense() if isinstance(x, LazyKV) else x
+
+
+def _joined(x: Any) -> Any:
+    """`_dense`, in the graph that `x` is in."""
+    return without_gradient((x.dense(),), (x,))[0] if isinstance(x, LazyKV) else x

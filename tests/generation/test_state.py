@@ -105,7 +105,7 @@ def test_prefix_with_beams_and_samples(pair: Pair, options: dict[str, Any]) -> N
     assert pair.generate(question, held, num_beams=1).shape == (1, 18)
 
 
-class Broken(Exception):
+class BrokenLayerError(Exception):
     pass
 
 
@@ -116,7 +116,7 @@ def fail_in_layer(pair: Pair, index: int, calls: int) -> Any:
     def hook(*_: Any) -> None:
         left[0] -= 1
         if left[0] <= 0:
-            raise Broken
+            raise BrokenLayerError
 
     return pair.model.model.layers[index].self_attn.o_proj.register_forward_hook(hook)
 
@@ -131,7 +131,7 @@ def test_generate_that_fails_leaves_the_cache_as_it_was(llama_pair: Pair, calls:
             llama_pair.forward(prompt[:, :held], cache)
     handle = fail_in_layer(llama_pair, 1, calls)
     try:
-        with pytest.raises(Broken):
+        with pytest.raises(BrokenLayerError):
             llama_pair.generate(prompt, cache, max_new_tokens=60)
     finally:
         handle.remove()
@@ -160,7 +160,7 @@ def test_forward_that_failed_is_noticed(llama_pair: Pair) -> None:
     prompt, cache = tokens(600), llama_pair.cache()
     llama_pair.forward(prompt, cache)
     handle = fail_in_layer(llama_pair, 1, 1)
-    with pytest.raises(Broken):
+    with pytest.raises(BrokenLayerError):
         llama_pair.forward(tokens(1), cache)
     handle.remove()
     with pytest.raises(ConfigError, match="interrupted"):
@@ -218,6 +218,6 @@ def test_caches_of_other_models_are_refused(llama_pair: Pair) -> None:
         Pair.forward(Pair(tiny_model("qwen2"), llama_pair.engine), tokens(20), cache)
     deeper = copy.deepcopy(other.config)
     deeper.num_hidden_layers = 4
-    deeper.layer_types = None if hasattr(deeper, "layer_types") else None
+    deeper.layer_types = None
     with pytest.raises(ShapeError, match="layer 3"):
         Pair.forward(Pair(type(other)(deeper).eval(), llama_pair.engine), tokens(20), llama_pair.cache())
