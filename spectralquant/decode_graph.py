@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from spectralquant.cache.hf import SpectralCache, SpectralLayer
 from spectralquant.cache.segment import Segment
+from spectralquant.codec.packed import plain_arithmetic
 
 _STATIC = ("input_ids", "position_ids", "cache_position")
 """Tensors that change from step to step and have the same shape each time."""
@@ -130,7 +131,8 @@ class DecodeGraph:
         """The model's output for one more token per sequence."""
         segments = self._segments()
         try:
-            self._pack(segments)
+            with plain_arithmetic(self.model.device):
+                self._pack(segments)
             self._fill(inputs, segments)
             out = self._step(inputs, segments)
         except CaptureError as error:

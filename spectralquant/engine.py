@@ -7,7 +7,6 @@ import inspect
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from spectralquant import application, prompts
 from spectralquant.cache.hf import SpectralCache, cache_argument, coded_layer_indices, layer_devices, model_device
-from spectralquant.calibration.hf import collect, fingerprint
+from spectralquant.calibration.hf import collect, known_fingerprint, unwrapped
 from spectralquant.codec.budget import require_head_dim, semantic_size
 from spectralquant.codec.codec import LayerCodec, build_codec, place_codecs
 from spectralquant.codec.quantizer import QUANTIZERS
@@ -86,7 +85,6 @@ class SpectralQuantEngine:
         self.quantizer = quantizer
         self._profiles: dict[str, Profile] = {}
         self._codecs: dict[tuple[str, str], dict[int, LayerCodec]] = {}
-        self._fingerprints: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, Any]] = weakref.WeakKeyDictionary()
         self._latest: str | None = None
         self._last_stats: dict[str, Any] = {}
 
@@ -106,7 +104,7 @@ class SpectralQuantEngine:
         Returns:
             {calibrated, n_heads, d_eff_mean, d_eff_min, d_eff_max, gap_mean, gap_median, calibration_time_s, tokens, certificate}
         """
-        began = time.perf_counter()
+        began, model = time.perf_counter(), unwrapped(model)
         self._check_model(model)
         samples = make_samples(tokenizer, calibration_texts, n_samples, token_budget(model.device))
         with tqdm(total=samples.tokens, unit="tok", desc="calibrating", disable=not progress) as bar:
@@ -176,24 +174,19 @@ class SpectralQuantEngine:
             raise ShapeError(f"head_dim={self.head_dim} was asked for, the model's heads have {dim}; leave head_dim out")
         require_head_dim(dim)
 
-    def _fingerprint(self, model: PreTrainedModel) -> dict[str, Any]:
-        if model not in self._fingerprints:
-            self._fingerprints[model] = fingerprint(model)
-        return self._fingerprints[model]
-
     def _profile(self, model: PreTrainedModel | None = None) -> Profile:
         if self._latest is None:
             raise CalibrationError("there is no calibration yet: call calibrate(model, tokenizer) or load_calibration(path) first")
         if model is None:
             return self._profiles[self._latest]
-        known = self._fingerprint(model)
+        known = known_fingerprint(model)
         profile = self._profiles.get(known["weights"]) or self._profiles.get(UNNAMED) or self._profiles[self._latest]
         profile.require_model(known)
         return profile
 
     def is_calibrated(self, model: PreTrainedModel) -> bool:
         """Whether this engine holds a calibration of `model`."""
-        return self._fingerprint(model)["weights"] in self._profiles or UNNAMED in self._profiles
+        return known_fingerprint(model)["weights"] in self._profiles or UNNAMED in self._profiles
 
     # Caches and attention -------------------------------------------------------------------------------------------
 
@@ -220,7 +213,7 @@ class SpectralQuantEngine:
         its arguments is still the model's own: right, but without CUDA graphs, and codes don't know of left padding. Call `apply_to` or `cache` before it.
         """
         self.apply_to(model)
-        return SpectralCache(model.config, self.profile_codec(model), self.cache_config, self._fingerprint(model)["weights"])
+        return SpectralCache(model.config, self.profile_codec(model), self.cache_config, known_fingerprint(model)["weights"])
 
     def profile_codec(self, model: PreTrainedModel | None = None) -> dict[int, LayerCodec]:
         """Layer index -> codec at this engine's preset and dials, where the layer runs (without a model: the latest calibration's, on the CPU)."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectralquant.cache.hf import SpectralCache, cache_argument
-from spectralquant.calibration.hf import fingerprint
+from spectralquant.calibration.hf import known_fingerprint
 from spectralquant.decode_graph import graphed_steps
 from spectralquant.errors import ConfigError
 
@@ -30,7 +30,7 @@ class Generate:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model, self.original, self.weights = model, model.generate, None
+        self.model, self.original = model, model.generate
         update_wrapper(self, self.original)
 
     def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -55,10 +55,7 @@ class Generate:
             return self.original(inputs, *args, **cache_argument(self.model, cache), **kwargs)
 
     def _require_own(self, cache: SpectralCache) -> None:
-        if cache.weights is None:
-            return
-        self.weights = self.weights or fingerprint(self.model)["weights"]
-        if cache.weights != self.weights:
+        if cache.weights is not None and cache.weights != known_fingerprint(self.model)["weights"]:
             raise ConfigError(f"the cache was made for another model than this {type(self.model).__name__}; make one with engine.cache(model)")
 
     def _follow_up(self, inputs: Tensor | None, args: Any, kwargs: dict[str, Any], held: SpectralCache) -> Any:

@@ -62,8 +62,8 @@ class SpectralLayer(CacheLayerMixin):
             view = append(key_states.detach(), value_states.detach())
         if view is None:
             return key_states, value_states
-        lazy = LazyKV(view, "key"), LazyKV(view, "value")
-        return without_gradient(lazy, (key_states, value_states))
+        key, value = without_gradient((LazyKV(view, "key"), LazyKV(view, "value")), (key_states, value_states))
+        return key, value
 
     def _follow(self, device: torch.device) -> None:
         if device != self.device:
@@ -156,7 +156,9 @@ class SpectralCache(DynamicCache):
         return [layer for layer in self.layers if isinstance(layer, SpectralLayer)]
 
     @torch.compiler.disable
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """As in `Cache`, outside of what torch.compile traces: where codes are written depends on the data.
 
         Raises:

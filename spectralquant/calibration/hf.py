@@ -7,6 +7,7 @@ attention modules. Nothing is ever swallowed: a layer that shows no attention is
 import hashlib
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,6 +54,9 @@ class ModelStatistics:
     longest: int = DEFAULT_LONGEST
 
 
+_known: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
 def unwrapped(model: Any) -> Any:
     """The model inside wrappers of torch.compile and peft."""
     model = getattr(model, "_orig_mod", model)
@@ -74,13 +78,20 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         if flat.is_floating_point() and flat.device.type != "meta":
             sample = flat[:: max(len(flat) // 64, 1)][:64]
             digest.update((sample > 0).cpu().numpy().tobytes())
-    return {
+    _known[model] = {
         "architecture": type(model).__name__,
         "layers": getattr(text, "num_hidden_layers", None),
         "hidden_size": getattr(text, "hidden_size", None),
         "query_heads": getattr(text, "num_attention_heads", None),
         "weights": digest.hexdigest()[:32],
     }
+    return _known[model]
+
+
+def known_fingerprint(model: Any) -> dict[str, Any]:
+    """The latest `fingerprint` of this model object: reading the weights again for every cache would take longer than a step."""
+    model = unwrapped(model)
+    return _known.get(model) or fingerprint(model)
 
 
 def _stored(model: PreTrainedModel, name: str, parameter: Tensor) -> Tensor:
