@@ -194,14 +194,17 @@ class SpectralQuantEngine:
         """Make `model` read packed caches directly, until `remove_from`. Other models, and its own dense caches, are not touched."""
         if not hasattr(model, "_spectralquant_before"):
             model._spectralquant_before = model.config._attn_implementation  # pyright: ignore
-            model.set_attn_implementation(register())
+            name = register()
+            if model._can_set_attn_implementation():  # others keep their own attention, which reads packed caches as ordinary tensors
+                model.set_attn_implementation(name)
             install_generate(model)
         return model
 
     def remove_from(self, model: PreTrainedModel) -> PreTrainedModel:
         """Undo `apply_to`."""
         if hasattr(model, "_spectralquant_before"):
-            model.set_attn_implementation(model._spectralquant_before)  # pyright: ignore
+            if model._can_set_attn_implementation():
+                model.set_attn_implementation(model._spectralquant_before)  # pyright: ignore
             del model._spectralquant_before
             remove_generate(model)
         return model

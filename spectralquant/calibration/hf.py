@@ -10,12 +10,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spectralquant.calibration.products import layer_index
 from spectralquant.calibration.recording import recording
 from spectralquant.calibration.statistics import LayerStatistics, felt_errors, matmul_precision
 from spectralquant.errors import CalibrationError, UnsupportedModelError
@@ -87,11 +89,11 @@ class _Recorder:
 
     def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         embeddings = kwargs.get("position_embeddings")
-        if isinstance(embeddings, tuple) and len(embeddings) == 2:
-            self.embeddings[int(module.layer_idx)] = embeddings  # pyright: ignore[reportArgumentType]
+        if isinstance(embeddings, tuple) and len(embeddings) == 2 and kwargs.get("alibi") is None:  # Falcon hands both over and uses one
+            self.embeddings[layer_index(module)] = embeddings  # pyright: ignore[reportArgumentType]
 
     def attention(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> None:
-        index = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
+        index = layer_index(module)
         if index not in self.coded:
             return
         stats = self.statistics.layers.setdefault(index, LayerStatistics())
@@ -131,23 +133,38 @@ def read_rotary(module: nn.Module, cos: Tensor, sin: Tensor, dim: int) -> Rotary
     apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     if apply is None or cos.dim() != 3 or cos.shape[1] < 2:
         return None
-    cos, sin = cos[:1].float().cpu(), sin[:1].float().cpu()
-    width = cos.shape[-1]
+    heads_last = "tensor" in signature(apply).parameters  # GPT-J and CodeGen: sin first, one tensor, heads behind positions
+    sin, cos = (x[:1].float().cpu() for x in ((cos, sin) if heads_last else (sin, cos)))
     scale = (cos.square() + sin.square()).mean().sqrt()
     probe = torch.randn(1, 1, cos.shape[1], dim, generator=torch.Generator().manual_seed(0))
-    try:
-        turned = apply(probe, probe, cos, sin)[1] / scale
-    except RuntimeError:  # this family slices the rotary part before the call
-        turned = torch.cat([apply(probe[..., :width], probe[..., :width], cos, sin)[1] / scale, probe[..., width:]], -1)
+
+    def turn(x: Tensor) -> Tensor:
+        return apply(x.transpose(1, 2), sin, cos).transpose(1, 2) if heads_last else apply(x, x, cos, sin)[1]
+
+    width = cos.shape[-1]
+    turned = _turned_part(turn, probe, (dim, width, 2 * width))
+    if turned is None:
+        return None
+    turned = torch.cat([turned / scale, probe[..., turned.shape[-1] :]], -1)
     frequency = _frequencies(torch.atan2(sin[0].double(), cos[0].double()))
-    halves = {False: frequency[: width // 2], True: frequency[::2]}
-    for interleaved, freq in [*halves.items(), (False, frequency), (True, frequency)]:
+    first, even = frequency[: width // 2], frequency[::2]
+    for interleaved, freq in ((False, first), (True, even), (True, first), (False, frequency), (True, frequency)):
         rotary = Rotary(freq.contiguous(), interleaved)
         if rotary.dim <= dim:
             mine = rotary.rotate(probe, torch.arange(cos.shape[1]))
             unscaled = turned if rotary.dim == dim else torch.cat([turned[..., : rotary.dim], probe[..., rotary.dim :]], -1)
             if (mine - unscaled).abs().mean() < 0.02:
                 return rotary
+    return None
+
+
+def _turned_part(turn: Callable[[Tensor], Tensor], probe: Tensor, sizes: tuple[int, ...]) -> Tensor | None:
+    """What `turn` makes of the first coordinates of `probe` [..., D]; families differ in how many they hand over."""
+    for size in sizes:
+        try:
+            return turn(probe[..., :size])
+        except (RuntimeError, TypeError):
+            continue
     return None
 
 

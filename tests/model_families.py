@@ -1,0 +1,105 @@
+"""One tiny random model per family, from its configuration: what `tests/test_families.py` runs and `docs/models.md` lists."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+VOCABULARY = 199
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2}
+WIDE: dict[str, Any] = {**GROUPED, "head_dim": 32}
+"""head_dim is not hidden_size / num_attention_heads."""
+WIDTH: dict[str, Any] = {**GROUPED, "hidden_size": 128}
+"""For families without `head_dim`: 128 / 4."""
+WINDOW = 64
+MIXED = ["sliding_attention", "full_attention"]
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MLA: dict[str, Any] = {
+    **SIZES, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "n_routed_experts": 4, "n_shared_experts": 1,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+GPT2: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 2048, "pad_token_id": 0, "eos_token_id": 2}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    Attributes:
+        name: As people call it.
+        model: Class of transformers.
+        config: Class of its configuration, and what that is made from.
+        sizes: The configuration.
+    """
+
+    name: str
+    model: str
+    config: str
+    sizes: dict[str, Any]
+
+    def build(self, seed: int = 0) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        config = getattr(transformers, self.config)(**self.sizes)
+        return getattr(transformers, self.model)(config).eval()
+
+
+FAMILIES = [
+    Family("Llama 2", "LlamaForCausalLM", "LlamaConfig", {**WIDE, "num_key_value_heads": 4}),
+    Family("Llama 3, SmolLM2", "LlamaForCausalLM", "LlamaConfig", {**WIDE, "rope_theta": 500_000.0}),
+    Family("Mistral", "MistralForCausalLM", "MistralConfig", {**WIDE, "sliding_window": None}),
+    Family("Mistral 0.1", "MistralForCausalLM", "MistralConfig", {**WIDE, "sliding_window": WINDOW}),
+    Family("Mixtral", "MixtralForCausalLM", "MixtralConfig", {**WIDE, **EXPERTS}),
+    Family("Qwen2, Qwen2.5", "Qwen2ForCausalLM", "Qwen2Config", WIDTH),
+    Family("Qwen3", "Qwen3ForCausalLM", "Qwen3Config", WIDE),
+    Family("Qwen3-MoE", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**WIDE, **EXPERTS}),
+    Family("Qwen3-Next", "Qwen3NextForCausalLM", "Qwen3NextConfig", {**WIDE, **EXPERTS, "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "shared_expert_intermediate_size": 32}),
+    Family("SmolLM3", "SmolLM3ForCausalLM", "SmolLM3Config", {**WIDTH, "no_rope_layers": [1, 0]}),
+    Family("Gemma", "GemmaForCausalLM", "GemmaConfig", WIDE),
+    Family("Gemma 2", "Gemma2ForCausalLM", "Gemma2Config", {**WIDE, "sliding_window": WINDOW, "query_pre_attn_scalar": 32}),
+    Family("Gemma 3", "Gemma3ForCausalLM", "Gemma3TextConfig", {**WIDE, "sliding_window": WINDOW, "layer_types": MIXED}),
+    Family("Phi-1, Phi-2", "PhiForCausalLM", "PhiConfig", WIDTH),
+    Family("Phi-3, Phi-4", "Phi3ForCausalLM", "Phi3Config", WIDTH),
+    Family("Phi-4-mini", "Phi3ForCausalLM", "Phi3Config", {**WIDTH, "partial_rotary_factor": 0.75, "head_dim": 32}),
+    Family("GPT-2", "GPT2LMHeadModel", "GPT2Config", GPT2),
+    Family("OPT", "OPTForCausalLM", "OPTConfig", {**SIZES, "hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 96}),
+    Family("GPT-NeoX, Pythia", "GPTNeoXForCausalLM", "GPTNeoXConfig", {**SIZES, "hidden_size": 128}),
+    Family("GPT-J", "GPTJForCausalLM", "GPTJConfig", {**GPT2, "rotary_dim": 16}),
+    Family("GPT-Neo", "GPTNeoForCausalLM", "GPTNeoConfig", {"vocab_size": VOCABULARY, "hidden_size": 128, "num_layers": 2, "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 2048, "window_size": WINDOW, "pad_token_id": 0, "eos_token_id": 2}),
+    Family("GPT-BigCode, StarCoder", "GPTBigCodeForCausalLM", "GPTBigCodeConfig", GPT2),
+    Family("StarCoder2", "Starcoder2ForCausalLM", "Starcoder2Config", {**WIDTH, "sliding_window": None}),
+    Family("Falcon", "FalconForCausalLM", "FalconConfig", {**SIZES, "hidden_size": 128}),
+    Family("Falcon 40B", "FalconForCausalLM", "FalconConfig", {**SIZES, "hidden_size": 128, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    Family("Falcon-RW (ALiBi)", "FalconForCausalLM", "FalconConfig", {**SIZES, "hidden_size": 128, "alibi": True, "multi_query": False}),
+    Family("BLOOM", "BloomForCausalLM", "BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 128, "n_layer": 2, "n_head": 4, "pad_token_id": 0, "eos_token_id": 2}),
+    Family("MPT", "MptForCausalLM", "MptConfig", {"vocab_size": VOCABULARY, "d_model": 128, "n_layers": 2, "n_heads": 4, "max_seq_len": 2048, "pad_token_id": 0, "eos_token_id": 2}),
+    Family("Cohere Command-R", "CohereForCausalLM", "CohereConfig", WIDTH),
+    Family("Cohere Command-R7B", "Cohere2ForCausalLM", "Cohere2Config", {**WIDTH, "sliding_window": WINDOW, "layer_types": MIXED}),
+    Family("OLMo", "OlmoForCausalLM", "OlmoConfig", WIDTH),
+    Family("OLMo 2", "Olmo2ForCausalLM", "Olmo2Config", WIDTH),
+    Family("Granite", "GraniteForCausalLM", "GraniteConfig", WIDTH),
+    Family("StableLM", "StableLmForCausalLM", "StableLmConfig", WIDTH),
+    Family("GLM-4", "GlmForCausalLM", "GlmConfig", WIDE),
+    Family("gpt-oss", "GptOssForCausalLM", "GptOssConfig", {**WIDE, **EXPERTS, "sliding_window": WINDOW, "layer_types": MIXED}),
+    Family("DeepSeek-V2", "DeepseekV2ForCausalLM", "DeepseekV2Config", {**MLA, "v_head_dim": 32}),
+    Family("DeepSeek-V3", "DeepseekV3ForCausalLM", "DeepseekV3Config", {**MLA, "v_head_dim": 32}),
+    Family("Mamba", "MambaForCausalLM", "MambaConfig", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
+    Family("Jamba", "JambaForCausalLM", "JambaConfig", {**WIDTH, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "num_experts": 2, "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False}),
+    Family("Falcon-H1", "FalconH1ForCausalLM", "FalconH1Config", {**WIDE, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}),
+    Family("Llama 4 (text)", "Llama4ForCausalLM", "Llama4TextConfig", {**WIDE, **EXPERTS, "intermediate_size_mlp": 96, "attention_chunk_size": WINDOW}),
+]
