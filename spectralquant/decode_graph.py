@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectralquant.cache.hf import SpectralCache, SpectralLayer
+from spectralquant.attention.hf import NAME
+from spectralquant.cache.hf import SpectralCache
+from spectralquant.cache.layers import SpectralLayer
 from spectralquant.cache.segment import Segment
 
 _STATIC = ("input_ids", "position_ids", "cache_position")
@@ -309,7 +311,8 @@ def _can_graph(model: Any, cache: SpectralCache) -> bool:
     return (
         model.device.type == "cuda"
         and bool(layers)
-        and all(isinstance(layer, SpectralLayer) and layer.config.cuda_graphs and layer.runs_kernels(model.device) for layer in layers)
+        and str(model.config.get_text_config(decoder=True)._attn_implementation) == NAME  # foreign attention reads views of a step at their full length
+        and all(type(layer) is SpectralLayer and layer.config.cuda_graphs and layer.runs_kernels(model.device) for layer in layers)
         and {"input_ids", "position_ids"} <= signature(model.forward).parameters.keys()
         and len({p.device for p in model.parameters()}) == 1
     )

@@ -1,11 +1,16 @@
 """One tiny random model per family, from its configuration: what `tests/test_families.py` runs and `docs/models.md` lists."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import transformers
+from tiny_models import TinyTokenizer
 from transformers import PreTrainedModel
+
+from spectralquant import SpectralQuantEngine, get_default_calibration_texts
+from spectralquant.errors import SpectralQuantError
 
 VOCABULARY = 199
 SIZES: dict[str, Any] = {
@@ -34,7 +39,7 @@ MLA: dict[str, Any] = {
 GPT2: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 2048, "pad_token_id": 0, "eos_token_id": 2}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """A family of models.
 
@@ -103,3 +108,23 @@ FAMILIES = [
     Family("Falcon-H1", "FalconH1ForCausalLM", "FalconH1Config", {**WIDE, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}),
     Family("Llama 4 (text)", "Llama4ForCausalLM", "Llama4TextConfig", {**WIDE, **EXPERTS, "intermediate_size_mlp": 96, "attention_chunk_size": WINDOW}),
 ]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A calibrated model and the engine that calibrated it."""
+
+    family: Family
+    model: PreTrainedModel
+    engine: SpectralQuantEngine
+
+
+@cache
+def prepare(family: Family) -> "Prepared | SpectralQuantError":
+    """Build and calibrate; or what the engine says against it."""
+    model, engine = family.build(), SpectralQuantEngine(quantizer="uniform")
+    try:
+        engine.calibrate(model, TinyTokenizer(), get_default_calibration_texts(4), progress=False)
+    except SpectralQuantError as refusal:
+        return refusal
+    return Prepared(family, model, engine)
