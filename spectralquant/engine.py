@@ -164,6 +164,7 @@ class SpectralQuantEngine:
         text = model.config.get_text_config(decoder=True)
         if not getattr(text, "num_attention_heads", None):
             raise UnsupportedModelError(f"{type(model).__name__} has no attention heads: there is nothing to compress")
+        coded_layer_indices(model)
         dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         if self.head_dim is not None and self.head_dim != dim:
             raise ShapeError(f"head_dim={self.head_dim} was asked for, the model's heads have {dim}; leave head_dim out")

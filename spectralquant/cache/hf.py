@@ -2,13 +2,14 @@
 
 import inspect
 from copy import deepcopy
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, __version__
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from spectralquant.cache.layers import CODED, SpectralLayer, coded_layer
+from spectralquant.cache.layers import CODED, KEEPS_RECURRENT_STATES, SpectralLayer, coded_layer
 from spectralquant.codec.codec import LayerCodec, codec_nbytes
 from spectralquant.config import CacheConfig
 from spectralquant.errors import ConfigError, UnsupportedModelError
@@ -109,8 +110,30 @@ def dense_layers(model_config: PretrainedConfig) -> list[Any]:
 
 
 def coded_layer_indices(model: PreTrainedModel) -> list[int]:
-    """Indices of the layers that grow with the text, the ones that are worth coding."""
-    return [i for i, layer in enumerate(dense_layers(model.config)) if type(layer) in CODED]
+    """Indices of the layers that grow with the text, the ones that are worth coding.
+
+    Raises:
+        UnsupportedModelError: There is none, or what they cache are no keys and values, or transformers keeps them elsewhere. The text names the layers.
+    """
+    name, text = type(model).__name__, model.config.get_text_config(decoder=True)
+    layers = dense_layers(model.config)
+    grow = [i for i, layer in enumerate(layers) if type(layer) in CODED]
+    if model._is_stateful and not KEEPS_RECURRENT_STATES:
+        raise UnsupportedModelError(f"transformers {__version__} keeps all layers of {name} in a cache of its own kind; transformers 5.4 or later has one kind for all")
+    if not grow:
+        raise UnsupportedModelError(f"{name} has no attention layer that grows with the text, so there is nothing to compress: {_bounded(layers)}")
+    if getattr(text, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"layer {grow[0]} of {name} is multi-head latent attention: it caches latents, compressed by the model itself, in the place of keys and values"
+        )
+    return grow
+
+
+def _bounded(layers: list[Any]) -> str:
+    """What layers that don't grow keep, in words: "layers 0-31 keep a sliding window of 4096 tokens"."""
+    kept = [f"a sliding window of {layer.sliding_window} tokens" if getattr(layer, "is_sliding", False) else "recurrent states" for layer in layers]
+    runs = [list(run) for _, run in groupby(range(len(layers)), key=kept.__getitem__)]
+    return ", ".join(f"layers {run[0]}-{run[-1]} keep {kept[run[0]]}" if len(run) > 1 else f"layer {run[0]} keeps {kept[run[0]]}" for run in runs)
 
 
 def _layer_tensors(layer: Any) -> list[Tensor]:

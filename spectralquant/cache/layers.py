@@ -113,12 +113,12 @@ class SpectralLayer(CacheLayerMixin):
             self.segment.map_batch(fn)
 
 
-_FULL_AND_RECURRENT: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
-"""Attention and recurrent states in one layer (Falcon-H1); before transformers 5.4 such models bring caches of their own."""
+KEEPS_RECURRENT_STATES = hasattr(cache_utils, "LinearAttentionAndFullAttentionLayer")
+"""Whether transformers' layers keep recurrent states, with attention in one layer too (Falcon-H1); before 5.4 such models bring caches of their own."""
+CODED: dict[type, type[SpectralLayer]] = {DynamicLayer: SpectralLayer}
+"""transformers' layers that grow with the text -> ours. Sliding-window, recurrent and placeholder layers stay as they are: they are bounded."""
 
-if _FULL_AND_RECURRENT is None:
-    CODED: dict[type, type[SpectralLayer]] = {DynamicLayer: SpectralLayer}
-else:
+if KEEPS_RECURRENT_STATES:
 
     class SpectralHybridLayer(SpectralLayer, cache_utils.LinearAttentionLayer):
         """A layer with attention, which is coded, and recurrent states, which are not: they don't grow."""
@@ -168,8 +168,7 @@ else:
             for states in self._states():
                 states.update({i: fn(t) for i, t in states.items() if t is not None})
 
-    CODED = {DynamicLayer: SpectralLayer, _FULL_AND_RECURRENT: SpectralHybridLayer}
-"""transformers' layers that grow with the text -> ours. Sliding-window, recurrent and placeholder layers stay as they are: they are bounded."""
+    CODED[cache_utils.LinearAttentionAndFullAttentionLayer] = SpectralHybridLayer
 
 
 def coded_layer(layer: Any, codec: LayerCodec, config: CacheConfig) -> SpectralLayer:

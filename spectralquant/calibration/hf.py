@@ -98,7 +98,7 @@ class _Recorder:
             return
         stats = self.statistics.layers.setdefault(index, LayerStatistics())
         if index not in self.known:
-            self._first_sight(index, module, query, key)
+            self._first_sight(index, module, query, key, value)
         key, value = key[0].float(), value[0].float()
         positions = torch.arange(key.shape[1], device=key.device)
         asked = torch.linspace(key.shape[1] // 4, key.shape[1] - 1, min(QUERIES, key.shape[1] // 2 + 1), device=key.device).long()
@@ -111,8 +111,10 @@ class _Recorder:
         with matmul_precision("medium"):
             stats.add(key[:, SKIP:], query.flatten(1, 2), value[:, SKIP:], felt.after(SKIP))
 
-    def _first_sight(self, index: int, module: nn.Module, query: Tensor, key: Tensor) -> None:
+    def _first_sight(self, index: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
         self.known.add(index)
+        if key.shape[-1] != value.shape[-1]:
+            raise UnsupportedModelError(f"layer {index} ({type(module).__name__}) has keys of size {key.shape[-1]} and values of size {value.shape[-1]}; the codec needs one size")
         if index in self.embeddings and getattr(module, "use_rope", True):
             rotary = read_rotary(module, *self.embeddings[index], key.shape[-1])
             if rotary is not None:
@@ -218,8 +220,6 @@ def collect(model: PreTrainedModel, samples: list[Tensor], coded: list[int], pro
     Warns:
         UserWarning: There are few tokens for covariances of the model's head size, or a rotary embedding could not be read.
     """
-    if not coded:
-        raise UnsupportedModelError(f"{type(model).__name__} has no attention layer that grows with the text: there is nothing to compress")
     text = model.config.get_text_config(decoder=True)
     statistics = ModelStatistics(fingerprint(model), longest=getattr(text, "max_position_embeddings", None) or DEFAULT_LONGEST)
     recorder = _Recorder(statistics, set(coded))

@@ -80,8 +80,11 @@ class _Watcher(TorchFunctionMode):
     def _attended(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         module, self.module = self.module, None
         assert module is not None
-        split = [x if x.dim() == 4 else x.unflatten(0, (self.batch, -1)) for x in (query, key, value)]
-        self.on_attention(module, *split, scale, None)
+        query, key, value = (x if x.dim() == 4 else x.unflatten(0, (self.batch, -1)) for x in (query, key, value))
+        groups = int(getattr(module, "num_key_value_groups", 1))
+        if key.shape[1] == query.shape[1]:  # repeated for the product (StableLM before transformers 5)
+            key, value = key[:, ::groups], value[:, ::groups]
+        self.on_attention(module, query, key, value, scale, None)
 
 
 def measured_scale(query: Tensor, key: Tensor, weights: Tensor) -> float:
