@@ -38,10 +38,12 @@ def spectral_attention(
 ) -> tuple[Tensor, None]:
     """query [B, Hq, Q, D], key and value [B, H, T, D] or LazyKV, mask [B, 1, Q, T] bool or None -> [B, Q, Hq, D], None.
 
-    A position bias, [B or 1, Hq, Q, T], and a mask of floats are added to the logits. Codes are not read with such: keys and values are decoded.
+    A position bias, [B or 1, Hq, Q, T], and a mask of floats are added to the logits. Codes are read if that only hides, else keys and values are decoded.
     """
     if position_bias is not None:
         attention_mask = _biased_mask(position_bias, attention_mask, key.shape[2])
+    if isinstance(key, LazyKV):
+        attention_mask = _only_hiding(attention_mask)
     if isinstance(key, LazyKV) and (attention_mask is None or attention_mask.dtype == torch.bool):
         out = attend_packed(query, key.packed_kv, attention_mask, scaling, softcap, s_aux)
     else:
@@ -66,6 +68,7 @@ def packed_sdpa(
     """
     if not (isinstance(key, LazyKV) and isinstance(value, LazyKV)) or is_causal or dropout_p:
         return NotImplemented
+    attn_mask = _only_hiding(attn_mask)
     if attn_mask is None:
         if query.shape[2] > 1:  # all see all, which our None does not mean
             return NotImplemented
@@ -74,6 +77,14 @@ def packed_sdpa(
     elif attn_mask.shape[0] != query.shape[0]:
         attn_mask = attn_mask.expand(query.shape[0], -1, -1, -1)
     return attend_packed(query, key.packed_kv, attn_mask, scale)
+
+
+def _only_hiding(mask: Tensor | None) -> Tensor | None:
+    """A mask of floats that are 0 or hide (OPT and Falcon before transformers 5) as bool; others as they are."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    hidden = mask <= torch.finfo(mask.dtype).min / 2
+    return ~hidden if bool((hidden | (mask == 0)).all()) else mask
 
 
 def _biased_mask(bias: Tensor, mask: Tensor | None, length: int) -> Tensor:
