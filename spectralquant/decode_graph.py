@@ -122,6 +122,8 @@ class DecodeGraph:
             return False
         if any(v is not None and k not in _ALLOWED for k, v in inputs.items()):
             return False
+        if inputs.get("position_ids") is None and hasattr(self.model.base_model, "rope_deltas"):
+            return False  # behind an image, positions do not follow from the number of tokens (M-RoPE)
         if self._masked is None:
             self._masked = not _only_padding(inputs.get("attention_mask"), self._segments())
             if self._masked:

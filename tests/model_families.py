@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 from tiny_models import TinyTokenizer
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from spectralquant import SpectralQuantEngine, get_default_calibration_texts
@@ -36,7 +37,31 @@ MLA: dict[str, Any] = {
     **SIZES, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "n_routed_experts": 4, "n_shared_experts": 1,
     "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
 }  # fmt: skip
+IMAGE_TOKEN = 190
+MAMBA2: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 8, "mamba_chunk_size": 16}
+MARKS_IMAGES = int(transformers.__version__.split(".")[0]) >= 5
+"""Whether Qwen-VL is told which tokens are of an image."""
+ROPE = "rope_parameters" if MARKS_IMAGES else "rope_scaling"
+VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "patch_size": 4}
 GPT2: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 2048, "pad_token_id": 0, "eos_token_id": 2}
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """An image of 16 tokens in a prompt. `pixels`: shape of one image's input; `grid`: whether its grid goes along (Qwen-VL)."""
+
+    pixels: tuple[int, ...]
+    grid: bool = False
+
+    def put(self, tokens: Tensor, start: int) -> dict[str, Tensor]:
+        tokens = tokens.masked_fill(tokens >= IMAGE_TOKEN, 3)
+        tokens[:, start + 4], tokens[:, start + 5 : start + 21] = IMAGE_TOKEN + 1, IMAGE_TOKEN
+        pixels = torch.randn(1, *self.pixels, generator=torch.Generator().manual_seed(0)).expand(len(tokens), *self.pixels)
+        if not self.grid:
+            return {"input_ids": tokens, "pixel_values": pixels}
+        grid = torch.tensor([[1, 8, 8]]).expand(len(tokens), -1)
+        given = {"input_ids": tokens, "pixel_values": pixels.flatten(0, 1), "image_grid_thw": grid}
+        return {**given, "mm_token_type_ids": (tokens == IMAGE_TOKEN).long()} if MARKS_IMAGES else given
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +73,7 @@ class Family:
         model: Class of transformers.
         config: Class of its configuration, and what that is made from.
         sizes: The configuration.
+        image: How images come in.
     """
 
     name: str
@@ -55,12 +81,19 @@ class Family:
     config: str
     sizes: dict[str, Any]
 
+    image: Image | None = None
+
+    def inputs(self, tokens: Tensor, start: int = 0) -> dict[str, Tensor]:
+        """A prompt [B, T], with an image where the family reads such; `start`: slots of padding."""
+        return {"input_ids": tokens} if self.image is None else self.image.put(tokens, start)
+
     def build(self, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
         config = getattr(transformers, self.config)(**self.sizes)
         return getattr(transformers, self.model)(config).eval()
 
 
+# fmt: off
 FAMILIES = [
     Family("Llama 2", "LlamaForCausalLM", "LlamaConfig", {**WIDE, "num_key_value_heads": 4}),
     Family("Llama 3, SmolLM2", "LlamaForCausalLM", "LlamaConfig", {**WIDE, "rope_theta": 500_000.0}),
@@ -108,7 +141,45 @@ FAMILIES = [
     Family("Falcon-H1", "FalconH1ForCausalLM", "FalconH1Config", {**WIDE, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}),
     Family("Llama 4 (text)", "Llama4ForCausalLM", "Llama4TextConfig", {**WIDE, **EXPERTS, "intermediate_size_mlp": 96, "attention_chunk_size": WINDOW,
         "no_rope_layers": [1, 0]}),
+    Family("OLMo 3", "Olmo3ForCausalLM", "Olmo3Config", {**WIDTH, "sliding_window": WINDOW, "layer_types": MIXED}),
+    Family("EXAONE 4", "Exaone4ForCausalLM", "Exaone4Config", {**WIDTH, "sliding_window": WINDOW, "layer_types": MIXED}),
+    Family("GLM-4.5", "Glm4MoeForCausalLM", "Glm4MoeConfig",
+        {**WIDE, **EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}),
+    Family("ERNIE 4.5", "Ernie4_5ForCausalLM", "Ernie4_5Config", WIDE),
+    Family("Seed-OSS", "SeedOssForCausalLM", "SeedOssConfig", WIDE),
+    Family("MiniMax-M2", "MiniMaxM2ForCausalLM", "MiniMaxM2Config", {**WIDE, **EXPERTS}),
+    Family("Phi-3.5-MoE", "PhimoeForCausalLM", "PhimoeConfig", {**WIDTH, **EXPERTS}),
+    Family("Nemotron", "NemotronForCausalLM", "NemotronConfig", WIDTH),
+    Family("CodeGen", "CodeGenForCausalLM", "CodeGenConfig", {**GPT2, "rotary_dim": 16}),
+    Family("Gemma 4 (text)", "Gemma4ForCausalLM", "Gemma4TextConfig", {**WIDE, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": MIXED * 2,
+        "sliding_window": WINDOW, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 64}),
+    Family("Qwen3.5", "Qwen3_5ForCausalLM", "Qwen3_5TextConfig", {**WIDE, "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}),
+    Family("Granite 4 (hybrid)", "GraniteMoeHybridForCausalLM", "GraniteMoeHybridConfig", {**WIDTH, **EXPERTS, **MAMBA2, "layer_types": ["mamba", "attention"],
+        "shared_intermediate_size": 32}),
+    Family("Bamba", "BambaForCausalLM", "BambaConfig", {**WIDTH, **MAMBA2, "attn_layer_indices": [1]}),
+    Family("LFM2", "Lfm2ForCausalLM", "Lfm2Config", {**WIDTH, "layer_types": ["conv", "full_attention"]}),
+    Family("RecurrentGemma", "RecurrentGemmaForCausalLM", "RecurrentGemmaConfig",
+        {**WIDE, "lru_width": 64, "attention_window_size": WINDOW, "block_types": ["recurrent", "attention"]}),
+    Family("JetMoe", "JetMoeForCausalLM", "JetMoeConfig", {**WIDTH, **EXPERTS, "kv_channels": 32}),
+    Family("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig",
+        {"text_config": {**WIDTH, ROPE: {"rope_type": "default", "type": "mrope", "mrope_section": [4, 6, 6], "rope_theta": 1e4}},
+         "vision_config": {**VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 128, "spatial_merge_size": 2, "window_size": 16,
+             "fullatt_block_indexes": [0]},
+         "image_token_id": IMAGE_TOKEN, "vision_start_token_id": IMAGE_TOKEN + 1, "vision_end_token_id": 192, "video_token_id": 193},
+        Image((64, 96), grid=True)),
+    Family("LLaVA", "LlavaForConditionalGeneration", "LlavaConfig",
+        {"text_config": {**WIDTH, "model_type": "llama"},
+         "vision_config": {**VISION, "model_type": "clip_vision_model", "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16},
+         "image_token_index": IMAGE_TOKEN, "image_seq_length": 16, "vision_feature_layer": -1},
+        Image((3, 16, 16))),
+    Family("T5", "T5ForConditionalGeneration", "T5Config", {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 32, "d_ff": 96, "num_layers": 2, "num_heads": 4}),
+    Family("Whisper", "WhisperForConditionalGeneration", "WhisperConfig", {"vocab_size": VOCABULARY, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2,
+        "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "num_mel_bins": 8, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "begin_suppress_tokens": None}),
 ]
+# fmt: on
+FAMILIES = [family for family in FAMILIES if hasattr(transformers, family.model)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,9 +16,19 @@ from spectralquant.codec.layout import UNIT
 from spectralquant.config import CacheConfig
 from spectralquant.errors import SpectralQuantError
 
-REFUSED = {"Mistral 0.1": "layers 0-1 keep a sliding window of 64 tokens", "Mamba": "no attention heads", "DeepSeek-V2": "layer 0", "DeepSeek-V3": "layer 0"}
+REFUSED = {
+    "Mistral 0.1": "layers 0-1 keep a sliding window of 64 tokens",
+    "Mamba": "no attention heads",
+    "RecurrentGemma": "layer 0 keeps recurrent states, layer 1 keeps a sliding window of 64 tokens",
+    "DeepSeek-V2": "layer 0 of DeepseekV2ForCausalLM is multi-head latent attention",
+    "DeepSeek-V3": "layer 0 of DeepseekV3ForCausalLM is multi-head latent attention",
+    "JetMoe": "layer 0 of JetMoeForCausalLM caches 2 heads",
+    "T5": "all decoder layers",
+    "Whisper": "all decoder layers",
+}
 CODED = [f for f in FAMILIES if f.name not in REFUSED]
 PROMPT = 400
+PER_TOKEN = {"input_ids", "mm_token_type_ids"}
 
 
 def ids(length: int, batch: int = 1) -> torch.Tensor:
@@ -42,8 +52,9 @@ def coded_cache(family: Prepared, **changes: Any) -> SpectralCache:
 
 
 @torch.no_grad()
-def logits(family: Prepared, tokens: torch.Tensor, cache: Any, **inputs: Any) -> torch.Tensor:
-    return family.model(input_ids=tokens, use_cache=True, **cache_argument(family.model, cache), **inputs).logits
+def logits(family: Prepared, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
+    inputs = {"input_ids": tokens} if cache.get_seq_length() else family.family.inputs(tokens)
+    return family.model(**inputs, use_cache=True, **cache_argument(family.model, cache)).logits
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -87,21 +98,25 @@ def test_nothing_changes_before_anything_is_coded(family: Prepared) -> None:
 def test_left_padded_rows_equal_single_ones(family: Prepared) -> None:
     """Padding of whole blocks, so that both are cut at the same tokens."""
     short, long, pad = ids(PROMPT), ids(PROMPT + 2 * UNIT), 2 * UNIT
-    batch = torch.cat([torch.cat([torch.zeros(1, pad, dtype=torch.long), short], 1), long])
-    mask = torch.ones_like(batch)
+    mask = torch.ones((2, long.shape[1]), dtype=torch.long)
     mask[0, :pad] = 0
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
 
-    def run(tokens: torch.Tensor, mask: torch.Tensor, cache: Any) -> Any:
-        return family.model.generate(tokens, attention_mask=mask, **cache_argument(family.model, cache), **options)
+    def run(inputs: dict[str, torch.Tensor], mask: torch.Tensor) -> Any:
+        cache = coded_cache(family, max_exact_share=0.0)
+        return family.model.generate(**inputs, attention_mask=mask, **cache_argument(family.model, cache), **options)
 
-    together = run(batch, mask, coded_cache(family, max_exact_share=0.0))
-    assert together.sequences.shape == (2, batch.shape[1] + 3)
-    for row, prompt in enumerate((short, long)):
-        alone = run(prompt, torch.ones_like(prompt), coded_cache(family, max_exact_share=0.0))
+    images = [family.family.inputs(short), family.family.inputs(long)]
+    given = {k: torch.cat([x[k] for x in images]) for k in images[0] if k not in PER_TOKEN}
+    for name in PER_TOKEN & images[0].keys():
+        given[name] = torch.cat([torch.nn.functional.pad(images[0][name], (pad, 0)), images[1][name]])
+    together = run(given, mask)
+    assert together.sequences.shape == (2, long.shape[1] + 3)
+    for row, inputs in enumerate(images):
+        prompt = inputs["input_ids"]
+        alone = run(inputs, torch.ones_like(prompt))
         assert torch.equal(alone.sequences[0, : prompt.shape[1]], prompt[0])
         for step in (0, 1):
-            print(row, step, error(together.logits[step][row], alone.logits[step][0]))
             assert error(together.logits[step][row], alone.logits[step][0]) < 2e-3
 
 

@@ -116,6 +116,10 @@ def coded_layer_indices(model: PreTrainedModel) -> list[int]:
         UnsupportedModelError: There is none, or what they cache are no keys and values, or transformers keeps them elsewhere. The text names the layers.
     """
     name, text = type(model).__name__, model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"all decoder layers of {name} attend to an encoder as well, which calibration has no input for; decoder-only models can be compressed"
+        )
     layers = dense_layers(model.config)
     grow = [i for i, layer in enumerate(layers) if type(layer) in CODED]
     if model._is_stateful and not KEEPS_RECURRENT_STATES:
