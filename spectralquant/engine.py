@@ -163,14 +163,15 @@ class SpectralQuantEngine:
     def _check_model(self, model: PreTrainedModel) -> None:
         """Raise what speaks against `model`, as far as its configuration tells."""
         text = model.config.get_text_config(decoder=True)
-        if not getattr(text, "num_attention_heads", None):
-            raise UnsupportedModelError(f"{type(model).__name__} has no attention heads: there is nothing to compress")
         for index in coded_layer_indices(model):
             layer = text.per_layer_config[index] if hasattr(text, "per_layer_config") else text  # layers that differ, since transformers 5
             dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
             if self.head_dim is not None and self.head_dim != dim:
                 raise ShapeError(f"head_dim={self.head_dim} was asked for, the model's heads have {dim}; leave head_dim out")
-            require_head_dim(dim)
+            try:
+                require_head_dim(dim)
+            except ShapeError as error:
+                raise UnsupportedModelError(f"layer {index} of {type(model).__name__}: {error}") from error
 
     def _fingerprint(self, model: PreTrainedModel) -> dict[str, Any]:
         if model not in self._fingerprints:

@@ -119,9 +119,11 @@ def choose(
 
 
 def require_cached(model: PreTrainedModel, statistics: ModelStatistics, context: DynamicCache) -> None:
-    """Raise UnsupportedModelError unless the keys that layers cache are of the shape of those that their attention reads."""
+    """Raise UnsupportedModelError unless the keys that layers cache are there, and of the shape of those that their attention reads."""
     for index, layer in statistics.layers.items():
         cached: Any = context.layers[index]
+        if cached.keys is None:
+            raise UnsupportedModelError(f"layer {index} of {type(model).__name__} does not use the cache that the model is given")
         held, read = cached.keys.shape[1::2], layer.keys.mean.shape
         if held != read:
             raise UnsupportedModelError(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from tiny_models import TinyTokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -53,13 +54,13 @@ class Image:
     pixels: tuple[int, ...]
     grid: bool = False
 
-    def put(self, tokens: Tensor, start: int) -> dict[str, Tensor]:
+    def put(self, tokens: Tensor) -> dict[str, Tensor]:
         tokens = tokens.masked_fill(tokens >= IMAGE_TOKEN, 3)
-        tokens[:, start + 4], tokens[:, start + 5 : start + 21] = IMAGE_TOKEN + 1, IMAGE_TOKEN
-        pixels = torch.randn(1, *self.pixels, generator=torch.Generator().manual_seed(0)).expand(len(tokens), *self.pixels)
+        tokens[:, 4], tokens[:, 5:21] = IMAGE_TOKEN + 1, IMAGE_TOKEN
+        pixels = torch.randn(1, *self.pixels, generator=torch.Generator().manual_seed(0)).repeat(len(tokens), *[1] * len(self.pixels))
         if not self.grid:
             return {"input_ids": tokens, "pixel_values": pixels}
-        grid = torch.tensor([[1, 8, 8]]).expand(len(tokens), -1)
+        grid = torch.tensor([[1, 8, 8]]).repeat(len(tokens), 1)
         given = {"input_ids": tokens, "pixel_values": pixels.flatten(0, 1), "image_grid_thw": grid}
         return {**given, "mm_token_type_ids": (tokens == IMAGE_TOKEN).long()} if MARKS_IMAGES else given
 
@@ -74,6 +75,7 @@ class Family:
         config: Class of its configuration, and what that is made from.
         sizes: The configuration.
         image: How images come in.
+        since: Version of transformers from which it can follow up on a cache.
     """
 
     name: str
@@ -82,10 +84,15 @@ class Family:
     sizes: dict[str, Any]
 
     image: Image | None = None
+    since: str = "4.56"
 
-    def inputs(self, tokens: Tensor, start: int = 0) -> dict[str, Tensor]:
-        """A prompt [B, T], with an image where the family reads such; `start`: slots of padding."""
-        return {"input_ids": tokens} if self.image is None else self.image.put(tokens, start)
+    @property
+    def available(self) -> bool:
+        return hasattr(transformers, self.model) and Version(transformers.__version__) >= Version(self.since)
+
+    def inputs(self, tokens: Tensor) -> dict[str, Tensor]:
+        """A prompt [B, T], with an image where the family reads such."""
+        return {"input_ids": tokens} if self.image is None else self.image.put(tokens)
 
     def build(self, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
@@ -123,8 +130,10 @@ FAMILIES = [
     Family("Falcon", "FalconForCausalLM", "FalconConfig", {**SIZES, "hidden_size": 128}),
     Family("Falcon 40B", "FalconForCausalLM", "FalconConfig", {**SIZES, "hidden_size": 128, "new_decoder_architecture": True, "num_kv_heads": 2}),
     Family("Falcon-RW (ALiBi)", "FalconForCausalLM", "FalconConfig", {**SIZES, "hidden_size": 128, "alibi": True, "multi_query": False}),
-    Family("BLOOM", "BloomForCausalLM", "BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 128, "n_layer": 2, "n_head": 4, "pad_token_id": 0, "eos_token_id": 2}),
-    Family("MPT", "MptForCausalLM", "MptConfig", {"vocab_size": VOCABULARY, "d_model": 128, "n_layers": 2, "n_heads": 4, "max_seq_len": 2048, "pad_token_id": 0, "eos_token_id": 2}),
+    Family("BLOOM", "BloomForCausalLM", "BloomConfig",
+        {"vocab_size": VOCABULARY, "hidden_size": 128, "n_layer": 2, "n_head": 4, "pad_token_id": 0, "eos_token_id": 2}),
+    Family("MPT", "MptForCausalLM", "MptConfig", {"vocab_size": VOCABULARY, "d_model": 128, "n_layers": 2,
+        "n_heads": 4, "max_seq_len": 2048, "pad_token_id": 0, "eos_token_id": 2}),
     Family("Cohere Command-R", "CohereForCausalLM", "CohereConfig", WIDTH),
     Family("Cohere Command-R7B", "Cohere2ForCausalLM", "Cohere2Config", {**WIDTH, "sliding_window": WINDOW, "layer_types": MIXED}),
     Family("OLMo", "OlmoForCausalLM", "OlmoConfig", WIDTH),
@@ -136,9 +145,11 @@ FAMILIES = [
     Family("DeepSeek-V2", "DeepseekV2ForCausalLM", "DeepseekV2Config", {**MLA, "v_head_dim": 32}),
     Family("DeepSeek-V3", "DeepseekV3ForCausalLM", "DeepseekV3Config", {**MLA, "v_head_dim": 32}),
     Family("Mamba", "MambaForCausalLM", "MambaConfig", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
-    Family("Jamba", "JambaForCausalLM", "JambaConfig", {**WIDTH, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+    Family("Jamba", "JambaForCausalLM", "JambaConfig", {**WIDTH, "attn_layer_period": 2, "attn_layer_offset": 1,
+        "expert_layer_period": 2, "expert_layer_offset": 1,
         "num_experts": 2, "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False}),
-    Family("Falcon-H1", "FalconH1ForCausalLM", "FalconH1Config", {**WIDE, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}),
+    Family("Falcon-H1", "FalconH1ForCausalLM", "FalconH1Config", {**WIDE, "mamba_d_ssm": 64, "mamba_n_heads": 4,
+        "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}),
     Family("Llama 4 (text)", "Llama4ForCausalLM", "Llama4TextConfig", {**WIDE, **EXPERTS, "intermediate_size_mlp": 96, "attention_chunk_size": WINDOW,
         "no_rope_layers": [1, 0]}),
     Family("OLMo 3", "Olmo3ForCausalLM", "Olmo3Config", {**WIDTH, "sliding_window": WINDOW, "layer_types": MIXED}),
@@ -151,8 +162,10 @@ FAMILIES = [
     Family("Phi-3.5-MoE", "PhimoeForCausalLM", "PhimoeConfig", {**WIDTH, **EXPERTS}),
     Family("Nemotron", "NemotronForCausalLM", "NemotronConfig", WIDTH),
     Family("CodeGen", "CodeGenForCausalLM", "CodeGenConfig", {**GPT2, "rotary_dim": 16}),
-    Family("Gemma 4 (text)", "Gemma4ForCausalLM", "Gemma4TextConfig", {**WIDE, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": MIXED * 2,
-        "sliding_window": WINDOW, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 64}),
+    Family("Gemma 4 (smaller heads)", "Gemma4ForCausalLM", "Gemma4TextConfig", {**WIDE,
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": MIXED * 2, "sliding_window": WINDOW, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 64}),
+    Family("Gemma 4 (as released)", "Gemma4ForCausalLM", "Gemma4TextConfig", {**WIDE, "layer_types": MIXED, "sliding_window": WINDOW,
+        "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 512}),
     Family("Qwen3.5", "Qwen3_5ForCausalLM", "Qwen3_5TextConfig", {**WIDE, "layer_types": ["linear_attention", "full_attention"],
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}),
     Family("Granite 4 (hybrid)", "GraniteMoeHybridForCausalLM", "GraniteMoeHybridConfig", {**WIDTH, **EXPERTS, **MAMBA2, "layer_types": ["mamba", "attention"],
@@ -160,14 +173,14 @@ FAMILIES = [
     Family("Bamba", "BambaForCausalLM", "BambaConfig", {**WIDTH, **MAMBA2, "attn_layer_indices": [1]}),
     Family("LFM2", "Lfm2ForCausalLM", "Lfm2Config", {**WIDTH, "layer_types": ["conv", "full_attention"]}),
     Family("RecurrentGemma", "RecurrentGemmaForCausalLM", "RecurrentGemmaConfig",
-        {**WIDE, "lru_width": 64, "attention_window_size": WINDOW, "block_types": ["recurrent", "attention"]}),
+        {**WIDTH, "lru_width": 128, "attention_window_size": WINDOW, "block_types": ["recurrent", "attention"]}),
     Family("JetMoe", "JetMoeForCausalLM", "JetMoeConfig", {**WIDTH, **EXPERTS, "kv_channels": 32}),
     Family("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig",
         {"text_config": {**WIDTH, ROPE: {"rope_type": "default", "type": "mrope", "mrope_section": [4, 6, 6], "rope_theta": 1e4}},
          "vision_config": {**VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 128, "spatial_merge_size": 2, "window_size": 16,
              "fullatt_block_indexes": [0]},
          "image_token_id": IMAGE_TOKEN, "vision_start_token_id": IMAGE_TOKEN + 1, "vision_end_token_id": 192, "video_token_id": 193},
-        Image((64, 96), grid=True)),
+        Image((64, 96), grid=True), since="4.57"),
     Family("LLaVA", "LlavaForConditionalGeneration", "LlavaConfig",
         {"text_config": {**WIDTH, "model_type": "llama"},
          "vision_config": {**VISION, "model_type": "clip_vision_model", "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16},
@@ -179,7 +192,7 @@ FAMILIES = [
         "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "begin_suppress_tokens": None}),
 ]
 # fmt: on
-FAMILIES = [family for family in FAMILIES if hasattr(transformers, family.model)]
+FAMILIES = [family for family in FAMILIES if family.available]
 
 
 @dataclass(frozen=True, eq=False)

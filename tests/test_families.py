@@ -11,7 +11,7 @@ from models_table import DOCUMENT, render
 from transformers import DynamicCache, __version__
 
 from spectralquant.cache.hf import SpectralCache, cache_argument
-from spectralquant.cache.layers import SpectralLayer
+from spectralquant.cache.layers import KEEPS_RECURRENT_STATES, SpectralLayer
 from spectralquant.codec.layout import UNIT
 from spectralquant.config import CacheConfig
 from spectralquant.errors import SpectralQuantError
@@ -23,6 +23,7 @@ REFUSED = {
     "DeepSeek-V2": "layer 0 of DeepseekV2ForCausalLM is multi-head latent attention",
     "DeepSeek-V3": "layer 0 of DeepseekV3ForCausalLM is multi-head latent attention",
     "JetMoe": "layer 0 of JetMoeForCausalLM caches 2 heads",
+    "Gemma 4 (as released)": "layer 1 of Gemma4ForCausalLM: head_dim=512",
     "T5": "all decoder layers",
     "Whisper": "all decoder layers",
 }
@@ -39,6 +40,9 @@ def ids(length: int, batch: int = 1) -> torch.Tensor:
 def family(request: pytest.FixtureRequest) -> Any:
     """The family, calibrated; its model is as it was afterwards."""
     prepared = prepare(request.param)
+    if isinstance(prepared, SpectralQuantError) and not KEEPS_RECURRENT_STATES:  # hybrids, before transformers 5.4
+        pytest.skip(str(prepared))
+    assert isinstance(prepared, Prepared), prepared
     yield prepared
     prepared.engine.remove_from(prepared.model)
 
@@ -134,10 +138,12 @@ def test_what_is_bounded_stays_exact_and_bounded(family: Prepared) -> None:
                 assert mine.keys.shape[-2] <= WINDOW
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name in REFUSED], ids=lambda f: f.name, indirect=False)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name in REFUSED], ids=lambda f: f.name)
 def test_refusals_name_layer_and_reason(family: Family) -> None:
     refusal = prepare(family)
-    assert isinstance(refusal, SpectralQuantError) and REFUSED[family.name] in str(refusal)
+    assert isinstance(refusal, SpectralQuantError)
+    if KEEPS_RECURRENT_STATES or family.name != "RecurrentGemma":  # before transformers 5.4 it keeps all to itself, and other words fit
+        assert REFUSED[family.name] in str(refusal)
 
 
 def test_document_is_what_was_run() -> None:

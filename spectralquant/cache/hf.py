@@ -120,10 +120,14 @@ def coded_layer_indices(model: PreTrainedModel) -> list[int]:
         raise UnsupportedModelError(
             f"all decoder layers of {name} attend to an encoder as well, which calibration has no input for; decoder-only models can be compressed"
         )
+    if not getattr(text, "num_attention_heads", None):
+        raise UnsupportedModelError(f"{name} has no attention heads: there is nothing to compress")
     layers = dense_layers(model.config)
     grow = [i for i, layer in enumerate(layers) if type(layer) in CODED]
     if model._is_stateful and not KEEPS_RECURRENT_STATES:
-        raise UnsupportedModelError(f"transformers {__version__} keeps all layers of {name} in a cache of its own kind; transformers 5.4 or later has one kind for all")
+        raise UnsupportedModelError(
+            f"transformers {__version__} keeps all layers of {name} in a cache of its own kind; transformers 5.4 or later has one kind for all"
+        )
     if not grow:
         raise UnsupportedModelError(f"{name} has no attention layer that grows with the text, so there is nothing to compress: {_bounded(layers)}")
     if getattr(text, "kv_lora_rank", None):

@@ -1,6 +1,6 @@
 """Layers of a HuggingFace cache that are coded, for transformers 4.56 to 5.x. The interface moved between releases; each shim says which."""
 
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
@@ -58,8 +58,7 @@ class SpectralLayer(CacheLayerMixin):
 
     def copy(self) -> "SpectralLayer":
         """An independent layer with the same content; the codec is shared."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
+        other = copy(self)
         other.segment = self.segment.copy() if self.segment is not None else None
         return other
 
@@ -124,7 +123,7 @@ if KEEPS_RECURRENT_STATES:
         """A layer with attention, which is coded, and recurrent states, which are not: they don't grow."""
 
         supports_early_init = False
-        is_croppable = cache_utils.LinearAttentionLayer.is_croppable  # pyright: ignore[reportAssignmentType]
+        is_croppable: Any = getattr(cache_utils.LinearAttentionLayer, "is_croppable", False)  # unknown before 5.17
 
         def __init__(self, codec: LayerCodec, config: CacheConfig, number_of_states: int = 1) -> None:
             cache_utils.LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
@@ -161,7 +160,8 @@ if KEEPS_RECURRENT_STATES:
 
         def _set_states(self, attributes: dict[str, Any]) -> None:
             own = vars(cache_utils.LinearAttentionLayer(self.number_of_states))
-            self.__dict__.update({k: deepcopy(attributes[k]) for k in own if k in attributes})
+            for name in own.keys() & attributes.keys():
+                setattr(self, name, deepcopy(attributes[name]))
 
         def _map(self, fn: Any) -> None:
             super()._map(fn)

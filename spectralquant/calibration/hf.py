@@ -1,7 +1,7 @@
 """Run a HuggingFace causal LM over text and gather the statistics of every layer that will be coded.
 
-Keys, queries and values are read where they meet, in the attention function; cos and sin where the model hands them to its
-attention modules. Nothing is ever swallowed: a layer that shows no attention is an error.
+Keys, queries and values are read where they meet, in the attention function or in the products of attention modules; cos and sin where the model hands them
+to its attention modules. Nothing is ever swallowed: a layer that shows no attention is an error.
 """
 
 import hashlib
@@ -114,7 +114,9 @@ class _Recorder:
     def _first_sight(self, index: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
         self.known.add(index)
         if key.shape[-1] != value.shape[-1]:
-            raise UnsupportedModelError(f"layer {index} ({type(module).__name__}) has keys of size {key.shape[-1]} and values of size {value.shape[-1]}; the codec needs one size")
+            raise UnsupportedModelError(
+                f"layer {index} ({type(module).__name__}) has keys of size {key.shape[-1]} and values of size {value.shape[-1]}; the codec needs one size"
+            )
         if index in self.embeddings and getattr(module, "use_rope", True):
             rotary = read_rotary(module, *self.embeddings[index], key.shape[-1])
             if rotary is not None:
@@ -135,13 +137,16 @@ def read_rotary(module: nn.Module, cos: Tensor, sin: Tensor, dim: int) -> Rotary
     apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     if apply is None or cos.dim() != 3 or cos.shape[1] < 2:
         return None
-    heads_last = "tensor" in signature(apply).parameters  # GPT-J and CodeGen: sin first, one tensor, heads behind positions
+    names = signature(apply).parameters
+    heads_last = "tensor" in names  # GPT-J and CodeGen: sin first, one tensor, heads behind positions
     sin, cos = (x[:1].float().cpu() for x in ((cos, sin) if heads_last else (sin, cos)))
     scale = (cos.square() + sin.square()).mean().sqrt()
     probe = torch.randn(1, 1, cos.shape[1], dim, generator=torch.Generator().manual_seed(0))
 
     def turn(x: Tensor) -> Tensor:
-        return apply(x.transpose(1, 2), sin, cos).transpose(1, 2) if heads_last else apply(x, x, cos, sin)[1]
+        if heads_last:
+            return apply(x.transpose(1, 2), sin, cos).transpose(1, 2)
+        return apply(x, cos, sin) if "x" in names else apply(x, x, cos, sin)[1]  # the former is Gemma 4
 
     width = cos.shape[-1]
     turned = _turned_part(turn, probe, (dim, width, 2 * width))
@@ -214,7 +219,7 @@ def collect(model: PreTrainedModel, samples: list[Tensor], coded: list[int], pro
         progress: Called with the number of tokens done after each sample.
 
     Raises:
-        UnsupportedModelError: A layer did not go through transformers' attention interface; the text names it.
+        UnsupportedModelError: A layer's queries, keys and values could not be found, or are of unequal sizes; the text names it.
         CalibrationError: No sample is long enough for a token to count.
 
     Warns:
@@ -232,7 +237,10 @@ def collect(model: PreTrainedModel, samples: list[Tensor], coded: list[int], pro
         raise CalibrationError(f"the calibration text has no sample longer than {SKIP} tokens: bring more text")
     missing = sorted(set(coded) - statistics.layers.keys())
     if missing:
-        raise UnsupportedModelError(f"layers {missing[:4]} of {type(model).__name__} do not use transformers' attention interface; they can't be calibrated")
+        raise UnsupportedModelError(
+            f"layers {missing[:4]} of {type(model).__name__} attend neither by transformers' attention interface nor by products in modules that say their "
+            "layer's index; they can't be calibrated"
+        )
     if recorder.unread:
         warnings.warn(
             f"the rotary embedding of layers {sorted(recorder.unread)[:4]} of {type(model).__name__} could not be reproduced: their keys are coded as "
