@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -40,9 +41,7 @@ MLA: dict[str, Any] = {
 }  # fmt: skip
 IMAGE_TOKEN = 190
 MAMBA2: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 8, "mamba_chunk_size": 16}
-MARKS_IMAGES = int(transformers.__version__.split(".")[0]) >= 5
-"""Whether Qwen-VL is told which tokens are of an image."""
-ROPE = "rope_parameters" if MARKS_IMAGES else "rope_scaling"
+ROPE = "rope_parameters" if Version(transformers.__version__).major >= 5 else "rope_scaling"
 VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "patch_size": 4}
 GPT2: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 2048, "pad_token_id": 0, "eos_token_id": 2}
 
@@ -62,7 +61,8 @@ class Image:
             return {"input_ids": tokens, "pixel_values": pixels}
         grid = torch.tensor([[1, 8, 8]]).repeat(len(tokens), 1)
         given = {"input_ids": tokens, "pixel_values": pixels.flatten(0, 1), "image_grid_thw": grid}
-        return {**given, "mm_token_type_ids": (tokens == IMAGE_TOKEN).long()} if MARKS_IMAGES else given
+        marks_images = "mm_token_type_ids" in signature(transformers.Qwen2_5_VLForConditionalGeneration.forward).parameters
+        return {**given, "mm_token_type_ids": (tokens == IMAGE_TOKEN).long()} if marks_images else given
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,8 +162,9 @@ FAMILIES = [
     Family("Phi-3.5-MoE", "PhimoeForCausalLM", "PhimoeConfig", {**WIDTH, **EXPERTS}),
     Family("Nemotron", "NemotronForCausalLM", "NemotronConfig", WIDTH),
     Family("CodeGen", "CodeGenForCausalLM", "CodeGenConfig", {**GPT2, "rotary_dim": 16}),
-    Family("Gemma 4 (smaller heads)", "Gemma4ForCausalLM", "Gemma4TextConfig", {**WIDE,
-        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": MIXED * 2, "sliding_window": WINDOW, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 64}),
+    Family("Gemma 4 (smaller heads)", "Gemma4ForCausalLM", "Gemma4TextConfig", {**WIDE, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+        "layer_types": MIXED * 2, "sliding_window": WINDOW, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY,
+        "global_head_dim": 64}),
     Family("Gemma 4 (as released)", "Gemma4ForCausalLM", "Gemma4TextConfig", {**WIDE, "layer_types": MIXED, "sliding_window": WINDOW,
         "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 512}),
     Family("Qwen3.5", "Qwen3_5ForCausalLM", "Qwen3_5TextConfig", {**WIDE, "layer_types": ["linear_attention", "full_attention"],

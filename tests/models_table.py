@@ -20,9 +20,10 @@ PROMPT = 400
 TEXT = """# Models
 
 What this package does with models of transformers, family by family. The tables are written by `python tests/models_table.py` from runs with transformers
-{version}: one tiny random model per family is calibrated, {prompt} tokens go into its cache, and one more token reads it. `tests/test_families.py` checks for each
-that the logits are those of the model's own attention over the decoded keys and values, that nothing changes before anything is coded, that left-padded rows
-equal single ones, and that this page is what a run gives. Tiny random models prove that shapes, masks, positions and caches fit. They say nothing about quality.
+{version}: one tiny random model per family is calibrated, {prompt} tokens go into its cache, and one more token reads it. `tests/test_families.py` checks for
+each that the logits are those of the model's own attention over the decoded keys and values, that nothing changes before anything is coded, that left-padded
+rows equal single ones, and that this page is what a run gives. Tiny random models prove that shapes, masks, positions and caches fit. They say nothing about
+quality.
 
 - **packed**: attention reads the codes. Our function takes the place of the model's attention, or the model calls PyTorch's `scaled_dot_product_attention`.
 - **decoded**: the model's own attention code reads keys and values, which are decoded for it at each step, one layer at a time. The cache is as small, but

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
@@ -117,6 +118,10 @@ KEEPS_RECURRENT_STATES = hasattr(cache_utils, "LinearAttentionAndFullAttentionLa
 CODED: dict[type, type[SpectralLayer]] = {DynamicLayer: SpectralLayer}
 """transformers' layers that grow with the text -> ours. Sliding-window, recurrent and placeholder layers stay as they are: they are bounded."""
 
+_STATES = ("conv_states", "recurrent_states")
+"""Tensors, or dicts of several in later releases; flags and sizes beside them differ as well."""
+_OF_ATTENTION = {"codec", "config", "segment", "padding", "stepping", "keys", "values", "is_initialized"}
+
 if KEEPS_RECURRENT_STATES:
 
     class SpectralHybridLayer(SpectralLayer, cache_utils.LinearAttentionLayer):
@@ -125,8 +130,8 @@ if KEEPS_RECURRENT_STATES:
         supports_early_init = False
         is_croppable: Any = getattr(cache_utils.LinearAttentionLayer, "is_croppable", False)  # unknown before 5.17
 
-        def __init__(self, codec: LayerCodec, config: CacheConfig, number_of_states: int = 1) -> None:
-            cache_utils.LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        def __init__(self, codec: LayerCodec, config: CacheConfig, **states: Any) -> None:
+            cache_utils.LinearAttentionLayer.__init__(self, **states)
             SpectralLayer.__init__(self, codec, config)
 
         def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -145,7 +150,8 @@ if KEEPS_RECURRENT_STATES:
             return other
 
         def tensors(self) -> list[Tensor]:
-            return [*super().tensors(), *(t for states in self._states() for t in states.values() if t is not None)]
+            held = (getattr(self, name) for name in _STATES)
+            return [*super().tensors(), *(t for x in held for t in (x.values() if isinstance(x, dict) else (x,)) if t is not None)]
 
         def crop(self, tokens_to_remove: int) -> None:
             cache_utils.LinearAttentionLayer.crop(self, tokens_to_remove)
@@ -155,18 +161,14 @@ if KEEPS_RECURRENT_STATES:
             cache_utils.LinearAttentionLayer.reset(self)
             super().reset()
 
-        def _states(self) -> tuple[dict[int, Any], dict[int, Any]]:
-            return self.conv_states, self.recurrent_states
-
         def _set_states(self, attributes: dict[str, Any]) -> None:
-            own = vars(cache_utils.LinearAttentionLayer(self.number_of_states))
-            for name in own.keys() & attributes.keys():
+            for name in attributes.keys() - _OF_ATTENTION:
                 setattr(self, name, deepcopy(attributes[name]))
 
         def _map(self, fn: Any) -> None:
             super()._map(fn)
-            for states in self._states():
-                states.update({i: fn(t) for i, t in states.items() if t is not None})
+            for name in _STATES:
+                setattr(self, name, tree_map(lambda t: fn(t) if isinstance(t, Tensor) else t, getattr(self, name)))
 
     CODED[cache_utils.LinearAttentionAndFullAttentionLayer] = SpectralHybridLayer
 

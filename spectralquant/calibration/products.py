@@ -2,7 +2,7 @@
 
 Attention is two products, whatever a model does around them: queries with keys, then weights with values. Inside an attention module no others are taken of
 states (projections are `linear`), so the first pair is them. Heads may be an axis of their own or be merged with the batch. The factor of the logits is
-what the weights say it was: log p grows with q . k by that factor, and a position bias (ALiBi), which q . k knows nothing of, is noise beside it.
+what the weights say it was: log p grows with q . k by that factor, whatever grows with the position beside it (ALiBi).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -88,13 +88,22 @@ class _Watcher(TorchFunctionMode):
 
 
 def measured_scale(query: Tensor, key: Tensor, weights: Tensor) -> float:
-    """The factor s with weights = softmax(s q . k + anything else), from what the last query sees. query [..., Q, D], key [..., T, D], weights [..., Q, T]."""
+    """The factor s with weights = softmax(s q . k + b + c t), t the position of the key, from what the last query sees.
+
+    query [..., Q, D], key [..., T, D], weights [..., Q, T]; b and c are free in every head.
+    """
     scores = (query[..., -1:, :].float() @ key.float().mT).double()
-    seen = weights[..., -1:, :] > 1e-30
-    log = weights[..., -1:, :].double().log().masked_fill(~seen, 0.0)
-    count = seen.sum(-1, keepdim=True)
-    scores, log = ((x - (x * seen).sum(-1, keepdim=True) / count).mul(seen) for x in (scores, log))
+    seen = (weights[..., -1:, :] > 1e-30).double()
+    log = weights[..., -1:, :].double().clamp_min(1e-30).log()
+    constant, line = seen, torch.arange(key.shape[-2], dtype=torch.float64, device=key.device) * seen
+    line = _without(line, constant)
+    scores, log = (_without(_without(x * seen, constant), line) for x in (scores, log))
     return float((scores * log).sum() / scores.square().sum().clamp_min(1e-30))
+
+
+def _without(x: Tensor, direction: Tensor) -> Tensor:
+    """Rows of x less their part along those of `direction`."""
+    return x - direction * ((x * direction).sum(-1, keepdim=True) / direction.square().sum(-1, keepdim=True).clamp_min(1e-30))
 
 
 def _factors(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
