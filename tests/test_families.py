@@ -137,6 +137,26 @@ def test_what_is_bounded_stays_exact_and_bounded(family: Prepared) -> None:
                 assert mine.keys.shape[-2] <= WINDOW
 
 
+def test_copies_own_what_they_hold(family: Prepared) -> None:
+    """Recurrent states too, which steps overwrite in place. M-RoPE keeps an offset on the model: the same for both."""
+    packed, prompt, more = coded_cache(family), ids(PROMPT), ids(4)
+    logits(family, prompt, packed)
+    runs = [torch.cat([logits(family, token, other) for token in more.split(1, 1)], 1) for other in (packed.copy(), packed.copy(), packed)]
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+    assert packed.nbytes > 0 and packed.dense_bytes > 0
+
+
+def test_beams_are_reordered(family: Prepared) -> None:
+    packed, order = coded_cache(family), torch.tensor([2, 0, 0])
+    if family.family.image is not None:
+        pytest.skip("one image a row: generation reorders M-RoPE offsets elsewhere")
+    logits(family, ids(PROMPT, batch=3), packed)
+    step = ids(1).expand(3, -1)
+    want = logits(family, step, packed.copy())[order]
+    packed.reorder_cache(order)
+    assert error(logits(family, step, packed), want) < 1e-4
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.name in REFUSED], ids=lambda f: f.name)
 def test_refusals_name_layer_and_reason(family: Family) -> None:
     refusal = prepare(family)
