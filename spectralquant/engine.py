@@ -161,13 +161,17 @@ class SpectralQuantEngine:
         self._codecs = {k: v for k, v in self._codecs.items() if k[0] != key}
 
     def _check_model(self, model: PreTrainedModel) -> None:
+        """Raise what speaks against `model`, as far as its configuration tells."""
         text = model.config.get_text_config(decoder=True)
-        if not getattr(text, "num_attention_heads", None):
-            raise UnsupportedModelError(f"{type(model).__name__} has no attention heads: there is nothing to compress")
-        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        if self.head_dim is not None and self.head_dim != dim:
-            raise ShapeError(f"head_dim={self.head_dim} was asked for, the model's heads have {dim}; leave head_dim out")
-        require_head_dim(dim)
+        for index in coded_layer_indices(model):
+            layer = text.per_layer_config[index] if hasattr(text, "per_layer_config") else text  # layers that differ, since transformers 5
+            dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+            if self.head_dim is not None and self.head_dim != dim:
+                raise ShapeError(f"head_dim={self.head_dim} was asked for, the model's heads have {dim}; leave head_dim out")
+            try:
+                require_head_dim(dim)
+            except ShapeError as error:
+                raise UnsupportedModelError(f"layer {index} of {type(model).__name__}: {error}") from error
 
     def _fingerprint(self, model: PreTrainedModel) -> dict[str, Any]:
         if model not in self._fingerprints:
@@ -194,14 +198,17 @@ class SpectralQuantEngine:
         """Make `model` read packed caches directly, until `remove_from`. Other models, and its own dense caches, are not touched."""
         if not hasattr(model, "_spectralquant_before"):
             model._spectralquant_before = model.config._attn_implementation  # pyright: ignore
-            model.set_attn_implementation(register())
+            name = register()
+            if model._can_set_attn_implementation():  # others keep their own attention, which reads packed caches as ordinary tensors
+                model.set_attn_implementation(name)
             install_generate(model)
         return model
 
     def remove_from(self, model: PreTrainedModel) -> PreTrainedModel:
         """Undo `apply_to`."""
         if hasattr(model, "_spectralquant_before"):
-            model.set_attn_implementation(model._spectralquant_before)  # pyright: ignore
+            if model._can_set_attn_implementation():
+                model.set_attn_implementation(model._spectralquant_before)  # pyright: ignore
             del model._spectralquant_before
             remove_generate(model)
         return model

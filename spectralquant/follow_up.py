@@ -30,6 +30,8 @@ def install_generate(model: Any) -> None:
         if name is None:
             return original(inputs, *args, **kwargs)
         cache = kwargs.pop(name)
+        if not kwargs.setdefault("use_cache", True):  # some configurations say False (MPT), and then every step would put the whole text in
+            raise ConfigError("generate was given a cache and use_cache=False; leave use_cache out")
         target = cache_argument(model, cache)
         if cache.prefix_ids is not None:
             return _follow_up(original, model, inputs, args, kwargs, cache)

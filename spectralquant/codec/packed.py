@@ -4,8 +4,9 @@ A cached sequence is three disjoint sets of slots: packed (slots below `packed` 
 and secondary sinks, unordered), and raw (the recent window and the tokens of this call, slots `packed` .. `length - 1`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -93,10 +94,11 @@ class PackedKV:
 class LazyKV(torch.Tensor):
     """A tensor [B, H, T, D] that stands for packed keys or values.
 
-    Our attention function recognises it and reads `packed_kv`. Any other operation decodes it first: foreign code is slower,
-    never wrong, and holds one layer's dense K or V at a time.
+    Our attention function recognises it and reads `packed_kv`, and so do functions that `implements` knows. Any other operation decodes it first: foreign
+    code is slower, never wrong, and holds one layer's dense K or V at a time.
     """
 
+    _implemented: ClassVar[dict[Any, Callable[..., Any]]] = {}
     packed_kv: PackedKV
     which: str
 
@@ -112,6 +114,22 @@ class LazyKV(torch.Tensor):
 
     def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         return f"LazyKV({self.which}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def implements(cls, func: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorator: call what is decorated in the place of the torch function `func`. It returns NotImplemented for arguments that it can't take."""
+
+        def keep(mine: Callable[..., Any]) -> Callable[..., Any]:
+            cls._implemented[func] = mine
+            return mine
+
+        return keep
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        mine = cls._implemented.get(func)
+        out = NotImplemented if mine is None else mine(*args, **(kwargs or {}))
+        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {}) if out is NotImplemented else out
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
