@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from calibration import PRESET, Bench, describe, lines_so_far, named_text, read_references, score_engine, without_folders
+from calibration import PRESET, Bench, command_line, describe, lines_so_far, named_text, read_references, score_engine
 from tqdm.auto import tqdm
 
 from spectralquant import SpectralQuantEngine
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     sources = dict(args.text or DEFAULT_TEXTS.items())
     model, tokenizer, label = load_model(args.model, "float32")
-    document = describe(args, label, sources, " ".join(["python benchmarks/ablations.py", *map(without_folders, argv)]))
+    document = describe(args, label, sources, command_line("ablations", argv))
     lines = lines_so_far(args.out, document["settings"])
     missing = [step for step in args.step or STEPS if step not in {line["step"] for line in lines}]
     if missing:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from calibration import without_folders
+from calibration import command_line
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -215,7 +215,7 @@ def main() -> None:
     device = torch.device("cuda", 0)
     bandwidth = copy_bandwidth(device)
     document: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/attention.py", *map(without_folders, sys.argv[1:])]),
+        "command": command_line("attention", sys.argv[1:]),
         "card": torch.cuda.get_device_name(device),
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "cuda-core")}, "cuda": torch.version.cuda},
         "copy_bytes_per_s": bandwidth,

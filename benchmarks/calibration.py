@@ -21,6 +21,7 @@ import json
 import platform
 import random
 import re
+import shlex
 import sys
 import time
 import warnings
@@ -272,6 +273,11 @@ def without_folders(text: str) -> str:
     return re.sub("(^|=)/.*/", r"\1", text)
 
 
+def command_line(script: str, argv: list[str]) -> str:
+    """The command of a benchmark as a result file tells it."""
+    return shlex.join(["python", f"benchmarks/{script}.py", *map(without_folders, argv)])
+
+
 def named_text(text: str) -> tuple[str, str]:
     name, _, source = text.partition("=")
     if name and source:
@@ -303,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     if args.study:
-        measure(args, " ".join(["python benchmarks/calibration.py", *map(without_folders, argv)]))
+        measure(args, command_line("calibration", argv))
     if args.plot:
         draw(json.loads(args.out.read_text(encoding="utf-8")), args.plot)
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from attention import made_up_sides
-from calibration import without_folders
+from calibration import command_line
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PretrainedConfig, Qwen2Config
 
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     bench = Bench(SHAPES[args.shape], args.preset, device)
     document: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/decoding.py", *map(without_folders, argv)]),
+        "command": command_line("decoding", argv),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers")}},
         "shape": args.shape, "preset": args.preset, "new_tokens": args.tokens, "rows": [],

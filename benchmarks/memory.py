@@ -10,13 +10,13 @@ import argparse
 import json
 import os
 import platform
-import re
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from calibration import command_line
 from transformers import DynamicCache
 
 from spectralquant import SpectralQuantEngine
@@ -90,7 +90,7 @@ def main():
             print(json.dumps(line), flush=True)
     document = {
         "model": label,
-        "command": " ".join(["python benchmarks/memory.py", *(re.sub("^/.*/", "", a) for a in sys.argv[1:])]),
+        "command": command_line("memory", sys.argv[1:]),
         "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "versions": {n: version(n) for n in ("torch", "transformers")},

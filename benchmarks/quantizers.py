@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from calibration import without_folders
+from calibration import command_line
 
 from spectralquant.allocation import water_fill
 from spectralquant.codec.joint import JointPlanes, block_index, fit_codebooks
@@ -47,7 +47,7 @@ def main():
     args = parser.parse_args()
     profile = load_profile(args.calibration)
     result = {
-        "command": " ".join(["python benchmarks/quantizers.py", *map(without_folders, sys.argv[1:])]),
+        "command": command_line("quantizers", sys.argv[1:]),
         "model": profile.model,
         "versions": {"torch": version("torch")},
         "rows": [],

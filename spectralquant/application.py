@@ -51,7 +51,7 @@ def remove(model: Any) -> None:
     model = unwrapped(model)
     with _lock:
         if is_applied(model):
-            model.set_attn_implementation(getattr(model, _NOTE).before)
+            _set_attention(model, getattr(model, _NOTE).before)
             remove_generate(model)
             delattr(model, _NOTE)
 
@@ -76,7 +76,12 @@ def _noted(model: Any) -> _Application:
     model = unwrapped(model)
     if not is_applied(model):
         note = _Application(model.config._attn_implementation)
-        model.set_attn_implementation(register())
+        _set_attention(model, register())
         install_generate(model)
         setattr(model, _NOTE, note)
     return getattr(model, _NOTE)
+
+
+def _set_attention(model: Any, name: str) -> None:
+    if model._can_set_attn_implementation():  # others keep their own attention, which reads packed caches as ordinary tensors
+        model.set_attn_implementation(name)

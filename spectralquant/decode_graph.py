@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectralquant.cache.hf import SpectralCache, SpectralLayer
+from spectralquant.attention.hf import NAME
+from spectralquant.cache.hf import SpectralCache
+from spectralquant.cache.layers import SpectralLayer
 from spectralquant.cache.segment import Segment
 from spectralquant.codec.packed import plain_arithmetic
 
@@ -121,6 +123,8 @@ class DecodeGraph:
             return False
         if any(v is not None and k not in _ALLOWED for k, v in inputs.items()):
             return False
+        if inputs.get("position_ids") is None and hasattr(self.model.base_model, "rope_deltas"):
+            return False  # behind an image, positions do not follow from the number of tokens (M-RoPE)
         if self._masked is None:
             self._masked = not _only_padding(inputs.get("attention_mask"), self._segments())
             if self._masked:
@@ -311,7 +315,8 @@ def _can_graph(model: Any, cache: SpectralCache) -> bool:
     return (
         model.device.type == "cuda"
         and bool(layers)
-        and all(isinstance(layer, SpectralLayer) and layer.config.cuda_graphs and layer.runs_kernels(model.device) for layer in layers)
+        and str(model.config.get_text_config(decoder=True)._attn_implementation) == NAME  # foreign attention reads views of a step at their full length
+        and all(type(layer) is SpectralLayer and layer.config.cuda_graphs and layer.runs_kernels(model.device) for layer in layers)
         and {"input_ids", "position_ids"} <= signature(model.forward).parameters.keys()
         and len({p.device for p in model.parameters()}) == 1
     )

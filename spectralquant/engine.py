@@ -166,13 +166,17 @@ class SpectralQuantEngine:
                 self.calibrate(model, tokenizer)
 
     def _check_model(self, model: PreTrainedModel) -> None:
+        """Raise what speaks against `model`, as far as its configuration tells."""
         text = model.config.get_text_config(decoder=True)
-        if not getattr(text, "num_attention_heads", None):
-            raise UnsupportedModelError(f"{type(model).__name__} has no attention heads: there is nothing to compress")
-        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        if self.head_dim is not None and self.head_dim != dim:
-            raise ShapeError(f"head_dim={self.head_dim} was asked for, the model's heads have {dim}; leave head_dim out")
-        require_head_dim(dim)
+        for index in coded_layer_indices(model):
+            layer = text.per_layer_config[index] if hasattr(text, "per_layer_config") else text  # layers that differ, since transformers 5
+            dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+            if self.head_dim is not None and self.head_dim != dim:
+                raise ShapeError(f"head_dim={self.head_dim} was asked for, the model's heads have {dim}; leave head_dim out")
+            try:
+                require_head_dim(dim)
+            except ShapeError as error:
+                raise UnsupportedModelError(f"layer {index} of {type(model).__name__}: {error}") from error
 
     def _profile(self, model: PreTrainedModel | None = None) -> Profile:
         if self._latest is None:

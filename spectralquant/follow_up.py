@@ -38,6 +38,8 @@ class Generate:
         if name is None:
             return self.original(inputs, *args, **kwargs)
         cache = kwargs.pop(name)
+        if not kwargs.setdefault("use_cache", True):  # some configurations say False (MPT), and then every step would put the whole text in
+            raise ConfigError("generate was given a cache and use_cache=False; leave use_cache out")
         self._require_own(cache)
         if cache.prefix_ids is not None:
             return self._follow_up(inputs, args, kwargs, cache)

@@ -28,7 +28,7 @@ from spectralquant.codec.codec import build_codec
 from spectralquant.codec.layout import UNIT
 from spectralquant.codec.quantizer import EPS, scalar_of
 from spectralquant.config import CacheConfig, Dials
-from spectralquant.errors import CalibrationError, ConfigError
+from spectralquant.errors import CalibrationError, ConfigError, UnsupportedModelError
 from spectralquant.presets import CompressionPreset
 from spectralquant.profile import Choices, Profile
 
@@ -79,6 +79,7 @@ def choose(
     """
     scalar = scalar_of(quantizer)
     windows = prepare(model, held_out, statistics.layers)
+    require_cached(model, statistics, windows.context)
     rows: list[dict[str, Any]] = []
     best, best_score = Choices(), float("inf")
     for change in ({}, *CHANGES):
@@ -115,6 +116,20 @@ def choose(
         }
     )
     return profile
+
+
+def require_cached(model: PreTrainedModel, statistics: ModelStatistics, context: DynamicCache) -> None:
+    """Raise UnsupportedModelError unless the keys that layers cache are there, and of the shape of those that their attention reads."""
+    for index, layer in statistics.layers.items():
+        cached: Any = context.layers[index]
+        if cached.keys is None:
+            raise UnsupportedModelError(f"layer {index} of {type(model).__name__} does not use the cache that the model is given")
+        held, read = cached.keys.shape[1::2], layer.keys.mean.shape
+        if held != read:
+            raise UnsupportedModelError(
+                f"layer {index} of {type(model).__name__} caches {held[0]} heads of size {held[1]} and attends to {read[0]} of size {read[1]} made from them: "
+                "these can't be coded by what attention reads"
+            )
 
 
 def prepare(model: PreTrainedModel, held_out: list[Tensor], coded: Iterable[int]) -> HeldOut:

@@ -209,3 +209,15 @@ def test_a_graph_is_captured_seldom() -> None:
         for i in range(600):
             model(input_ids=ids[:, i % 300 : i % 300 + 1], past_key_values=cache)
     assert cache.get_seq_length() == 900 and graph.captures["step"] <= 3 and graph.replays["step"] >= 590 and "forward" not in model.__dict__
+
+
+def test_no_graph_where_positions_do_not_follow_from_the_length(engine: SpectralQuantEngine, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """M-RoPE: behind an image, a step without `position_ids` takes them from the model's `rope_deltas`."""
+    use_doubles(monkeypatch)
+    cache, ids = engine.cache(llama), torch.tensor([[5]])
+    llama(torch.randint(3, 199, (1, 20)), past_key_values=cache)
+    graph = DoubledGraph(llama, llama.forward, cache)
+    assert graph.takes({"input_ids": ids, "past_key_values": cache})
+    monkeypatch.setattr(llama.model, "rope_deltas", None, raising=False)
+    assert not graph.takes({"input_ids": ids, "past_key_values": cache})
+    assert graph.takes({"input_ids": ids, "past_key_values": cache, "position_ids": ids[None].expand(3, -1, -1)})

@@ -1,127 +1,20 @@
-"""HuggingFace form of the cache: every override of transformers' `Cache` and its layers, for transformers 4.56 to 5.x.
-
-Only plain growing layers are replaced; sliding-window, recurrent and placeholder layers keep transformers' own (they are
-bounded already). The interface moved between releases; each shim says which.
-"""
+"""HuggingFace form of the cache: transformers' `Cache` with coded layers (`layers.py`) where a layer grows with the text, transformers' own elsewhere."""
 
 import inspect
+from copy import deepcopy
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers import PretrainedConfig, PreTrainedModel, __version__
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from spectralquant.cache.segment import Segment, use_kernels
+from spectralquant.cache.layers import CODED, KEEPS_RECURRENT_STATES, SpectralLayer, coded_layer, has_states
 from spectralquant.codec.codec import LayerCodec, codec_nbytes
-from spectralquant.codec.packed import LazyKV, plain_arithmetic, without_gradient
+from spectralquant.codec.packed import plain_arithmetic
 from spectralquant.config import CacheConfig
 from spectralquant.errors import ConfigError, ShapeError, UnsupportedModelError
-
-CANDIDATES = 128
-"""Tokens of assisted decoding that may be refused at once without a trace in the cache. The window's buffer grows by as many when that many come."""
-
-
-class SpectralLayer(CacheLayerMixin):
-    """One coded layer. `update` returns the raw tensors on an empty layer (prefill attends in full precision) and LazyKV after."""
-
-    is_sliding = False
-    is_croppable = True
-    is_compileable = False
-
-    def __init__(self, codec: LayerCodec, config: CacheConfig) -> None:
-        super().__init__()
-        self.codec, self.config = codec, config
-        self.segment: Segment | None = None
-        self.padding: Tensor | None = None
-        self.is_initialized = False  # the base class of 4.56 does not set it
-        self.record_past = False  # whether candidates may be refused, see `activate_past_recording`
-        self.stepping = False  # whether `update` takes one token per sequence for a CUDA graph, see `Segment.append`
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        batch = key_states.shape[0]
-        with plain_arithmetic(key_states.device):
-            start = torch.zeros(batch, dtype=torch.int64, device=key_states.device)
-            if self.padding is not None:
-                if batch % len(self.padding):
-                    raise ConfigError(f"the cache was told of {len(self.padding)} sequences and got a batch of {batch}")
-                start = self.padding.to(key_states.device).repeat_interleave(batch // len(self.padding))
-            self.segment = Segment(self.codec, self.config, key_states, start)
-        self.segment.candidates = CANDIDATES if self.record_past else 0
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.segment is None:
-            self.lazy_initialization(key_states, value_states)
-        assert self.segment is not None
-        if key_states.device != self.segment.records.device:
-            self._follow(key_states.device)
-        with plain_arithmetic(key_states.device):
-            append = self.segment.append if self.stepping else self.segment.update
-            view = append(key_states.detach(), value_states.detach())
-        if view is None:
-            return key_states, value_states
-        key, value = without_gradient((LazyKV(view, "key"), LazyKV(view, "value")), (key_states, value_states))
-        return key, value
-
-    def _follow(self, device: torch.device) -> None:
-        if device != self.device:
-            raise ConfigError(f"keys are on {device} and the cache was made on {self.device}; make a new cache after moving a model")
-        self.prefetch()
-
-    def runs_kernels(self, device: torch.device) -> bool:
-        """Whether attention over this layer on `device` is the fused kernel's."""
-        return use_kernels(self.codec, self.config, device)
-
-    def get_seq_length(self, *args: Any) -> int:
-        return 0 if self.segment is None else self.segment.length
-
-    def get_mask_sizes(self, query_length: "int | Tensor") -> tuple[int, int]:
-        if isinstance(query_length, Tensor):  # before 5.4: cache_position
-            query_length = query_length.shape[0]
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # the name before 5.14
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Negative: remove that many tokens. Positive (before 5.15): the length to keep."""
-        if self.segment is not None and tokens_to_remove:
-            length = self.segment.length + tokens_to_remove if tokens_to_remove < 0 else tokens_to_remove
-            with plain_arithmetic(self.segment.records.device):
-                self.segment.crop(max(length, 0))
-
-    def activate_past_recording(self) -> None:
-        """From now on up to `CANDIDATES` tokens can be cropped after the update that brought them, as if they had never been there."""
-        self.record_past = True
-        if self.segment is not None:
-            self.segment.candidates = CANDIDATES
-
-    def reset(self) -> None:
-        self.segment, self.padding, self.is_initialized = None, None, False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda t: t.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda t: t[indices.to(t.device)])
-
-    def offload(self) -> None:
-        self._map(lambda t: t.to("cpu"))
-
-    def prefetch(self) -> None:
-        self._map(lambda t: t.to(self.device))
-
-    def _map(self, fn: Any) -> None:
-        if self.segment is not None:
-            with plain_arithmetic(self.segment.records.device):
-                self.segment.map_batch(fn)
 
 
 class SpectralCache(DynamicCache):
@@ -138,16 +31,16 @@ class SpectralCache(DynamicCache):
             that an engine was applied to works on a copy of such a cache.
 
     Raises:
-        UnsupportedModelError: A calibrated layer is not a plain growing layer in this model.
+        UnsupportedModelError: A calibrated layer does not grow in this model.
     """
 
     def __init__(self, model_config: PretrainedConfig, codecs: dict[int, LayerCodec], config: CacheConfig | None = None, weights: str | None = None) -> None:
         layers = dense_layers(model_config)
         for index in codecs:
-            if index >= len(layers) or type(layers[index]) is not DynamicLayer:
-                raise UnsupportedModelError(f"layer {index} of this model is no plain attention layer, the calibration has one; calibrate this model")
+            if index >= len(layers) or type(layers[index]) not in CODED:
+                raise UnsupportedModelError(f"layer {index} of this model is no growing attention layer, the calibration has one; calibrate this model")
         config = config or CacheConfig()
-        Cache.__init__(self, layers=[SpectralLayer(codecs[i], config) if i in codecs else layer for i, layer in enumerate(layers)])
+        Cache.__init__(self, layers=[coded_layer(layer, codecs[i], config) if i in codecs else layer for i, layer in enumerate(layers)])
         self.weights = weights
         self.prefix_ids: Tensor | None = None
 
@@ -181,7 +74,7 @@ class SpectralCache(DynamicCache):
         the cache is empty afterwards, and the next `generate` reads the whole text anew."""
         dummies = getattr(self, "is_dummy", [False] * len(self.layers))  # layers without a cache, since transformers 5.23
         layers: list[Any] = [layer for layer, dummy in zip(self.layers, dummies, strict=True) if not dummy]
-        whole = length > 0 and all(isinstance(layer, CacheLayerMixin) for layer in layers)  # recurrent states don't go back
+        whole = length > 0 and not any(has_states(layer) for layer in layers)  # recurrent states don't go back
         try:
             for layer in layers if whole else ():
                 if layer.get_seq_length() > length:
@@ -208,7 +101,7 @@ class SpectralCache(DynamicCache):
         layers: list[Any] = list(dense.layers)
         for i, (mine, other) in enumerate(zip(self.layers, layers, strict=True)):
             if isinstance(mine, SpectralLayer):
-                mine.update(other.keys, other.values)
+                mine.take_over(other)
             else:
                 self.layers[i] = other
 
@@ -227,13 +120,13 @@ class SpectralCache(DynamicCache):
         """Bytes that a 16-bit cache of the same tokens takes (sliding layers: what they hold)."""
         total = 0
         for layer in self.layers:
-            if isinstance(layer, SpectralLayer):
-                segment = layer.segment
-                if segment is not None:
-                    batch, heads, _, dim = segment.recent_keys.shape
-                    total += 2 * 2 * batch * heads * segment.length * dim
-            else:
-                total += sum(2 * tensor.numel() for tensor in _layer_tensors(layer))
+            held = _layer_tensors(layer)
+            segment = layer.segment if isinstance(layer, SpectralLayer) else None
+            if segment is not None:
+                batch, heads, _, dim = segment.recent_keys.shape
+                total += 2 * 2 * batch * heads * segment.length * dim
+                held = held[len(segment.tensors()) :]  # recurrent states
+            total += sum(2 * tensor.numel() for tensor in held)
         return total
 
     def copy(self) -> "SpectralCache":
@@ -241,7 +134,7 @@ class SpectralCache(DynamicCache):
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         with plain_arithmetic(torch.device("cpu")):
-            other.layers = [_copy_layer(layer) for layer in self.layers]
+            other.layers = [layer.copy() if isinstance(layer, SpectralLayer) else deepcopy(layer) for layer in self.layers]
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SpectralCache":
@@ -262,29 +155,50 @@ def dense_layers(model_config: PretrainedConfig) -> list[Any]:
 
 
 def coded_layer_indices(model: PreTrainedModel) -> list[int]:
-    """Indices of the layers that grow with the text, the ones that are worth coding."""
-    return [i for i, layer in enumerate(dense_layers(model.config)) if type(layer) is DynamicLayer]
+    """Indices of the layers that grow with the text, the ones that are worth coding.
+
+    Raises:
+        UnsupportedModelError: There is none, or what they cache are no keys and values, or transformers keeps them elsewhere. The text names the layers.
+    """
+    name, text = type(model).__name__, model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"all decoder layers of {name} attend to an encoder as well, which calibration has no input for; decoder-only models can be compressed"
+        )
+    if not getattr(text, "num_attention_heads", None):
+        raise UnsupportedModelError(f"{name} has no attention heads: there is nothing to compress")
+    layers = dense_layers(model.config)
+    grow = [i for i, layer in enumerate(layers) if type(layer) in CODED]
+    if model._is_stateful and not KEEPS_RECURRENT_STATES:
+        raise UnsupportedModelError(
+            f"transformers {__version__} keeps all layers of {name} in a cache of its own kind; transformers 5.4 or later has one kind for all"
+        )
+    if not grow:
+        raise UnsupportedModelError(f"{name} has no attention layer that grows with the text, so there is nothing to compress: {_bounded(layers)}")
+    if getattr(text, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"layer {grow[0]} of {name} is multi-head latent attention: it caches latents, compressed by the model itself, in the place of keys and values"
+        )
+    return grow
+
+
+def _bounded(layers: list[Any]) -> str:
+    """What layers that don't grow keep, in words: "layers 0-31 keep a sliding window of 4096 tokens"."""
+    kept = [f"a sliding window of {layer.sliding_window} tokens" if getattr(layer, "is_sliding", False) else "recurrent states" for layer in layers]
+    runs = [list(run) for _, run in groupby(range(len(layers)), key=kept.__getitem__)]
+    return ", ".join(f"layers {run[0]}-{run[-1]} keep {kept[run[0]]}" if len(run) > 1 else f"layer {run[0]} keeps {kept[run[0]]}" for run in runs)
 
 
 def _layer_tensors(layer: Any) -> list[Tensor]:
     if isinstance(layer, SpectralLayer):
-        return layer.segment.tensors() if layer.segment is not None else []
-    return [v for v in vars(layer).values() if isinstance(v, Tensor)]
+        return layer.tensors()
+    held = [x for v in vars(layer).values() for x in (v.values() if isinstance(v, dict) else (v,))]  # recurrent states are in dicts
+    return [x for x in held if isinstance(x, Tensor)]
 
 
 def _storage_bytes(tensors: Any) -> int:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
-
-
-def _copy_layer(layer: Any) -> Any:
-    other = object.__new__(type(layer))
-    other.__dict__.update(layer.__dict__)
-    if isinstance(other, SpectralLayer):
-        other.segment = other.segment.copy() if other.segment is not None else None
-    else:
-        other.__dict__.update(tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, dict(vars(layer))))
-    return other
 
 
 def layer_devices(model: PreTrainedModel) -> dict[int, torch.device]:

@@ -1,7 +1,7 @@
 """Run a HuggingFace causal LM over text and gather the statistics of every layer that will be coded.
 
-Keys, queries and values are read where they meet, in the attention function; cos and sin where the model hands them to its
-attention modules. Nothing is ever swallowed: a layer that shows no attention is an error.
+Keys, queries and values are read where they meet, in the attention function or in the products of attention modules; cos and sin where the model hands them
+to its attention modules. Nothing is ever swallowed: a layer that shows no attention is an error.
 """
 
 import hashlib
@@ -11,12 +11,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spectralquant.calibration.products import layer_index
 from spectralquant.calibration.recording import recording
 from spectralquant.calibration.statistics import LayerStatistics, felt_errors, matmul_precision
 from spectralquant.errors import CalibrationError, UnsupportedModelError
@@ -112,16 +114,16 @@ class _Recorder:
 
     def before_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         embeddings = kwargs.get("position_embeddings")
-        if isinstance(embeddings, tuple) and len(embeddings) == 2:
-            self.embeddings[int(module.layer_idx)] = embeddings  # pyright: ignore[reportArgumentType]
+        if isinstance(embeddings, tuple) and len(embeddings) == 2 and kwargs.get("alibi") is None:  # Falcon hands both over and uses one
+            self.embeddings[layer_index(module)] = embeddings  # pyright: ignore[reportArgumentType]
 
     def attention(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> None:
-        index = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
+        index = layer_index(module)
         if index not in self.coded:
             return
         stats = self.statistics.layers.setdefault(index, LayerStatistics())
         if index not in self.known:
-            self._first_sight(index, module, query, key)
+            self._first_sight(index, module, query, key, value)
         key, value = key[0].float(), value[0].float()
         positions = torch.arange(key.shape[1], device=key.device)
         asked = torch.linspace(key.shape[1] // 4, key.shape[1] - 1, min(QUERIES, key.shape[1] // 2 + 1), device=key.device).long()
@@ -134,8 +136,12 @@ class _Recorder:
         with matmul_precision("medium"):
             stats.add(key[:, SKIP:], query.flatten(1, 2), value[:, SKIP:], felt.after(SKIP))
 
-    def _first_sight(self, index: int, module: nn.Module, query: Tensor, key: Tensor) -> None:
+    def _first_sight(self, index: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
         self.known.add(index)
+        if key.shape[-1] != value.shape[-1]:
+            raise UnsupportedModelError(
+                f"layer {index} ({type(module).__name__}) has keys of size {key.shape[-1]} and values of size {value.shape[-1]}; the codec needs one size"
+            )
         if index in self.embeddings and getattr(module, "use_rope", True):
             rotary = read_rotary(module, *self.embeddings[index], key.shape[-1])
             if rotary is not None:
@@ -156,23 +162,41 @@ def read_rotary(module: nn.Module, cos: Tensor, sin: Tensor, dim: int) -> Rotary
     apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     if apply is None or cos.dim() != 3 or cos.shape[1] < 2:
         return None
-    cos, sin = cos[:1].float().cpu(), sin[:1].float().cpu()
-    width = cos.shape[-1]
+    names = signature(apply).parameters
+    heads_last = "tensor" in names  # GPT-J and CodeGen: sin first, one tensor, heads behind positions
+    sin, cos = (x[:1].float().cpu() for x in ((cos, sin) if heads_last else (sin, cos)))
     scale = (cos.square() + sin.square()).mean().sqrt()
     probe = torch.randn(1, 1, cos.shape[1], dim, generator=torch.Generator().manual_seed(0))
-    try:
-        turned = apply(probe, probe, cos, sin)[1] / scale
-    except RuntimeError:  # this family slices the rotary part before the call
-        turned = torch.cat([apply(probe[..., :width], probe[..., :width], cos, sin)[1] / scale, probe[..., width:]], -1)
+
+    def turn(x: Tensor) -> Tensor:
+        if heads_last:
+            return apply(x.transpose(1, 2), sin, cos).transpose(1, 2)
+        return apply(x, cos, sin) if "x" in names else apply(x, x, cos, sin)[1]  # the former is Gemma 4
+
+    width = cos.shape[-1]
+    turned = _turned_part(turn, probe, (dim, width, 2 * width))
+    if turned is None:
+        return None
+    turned = torch.cat([turned / scale, probe[..., turned.shape[-1] :]], -1)
     frequency = _frequencies(torch.atan2(sin[0].double(), cos[0].double()))
-    halves = {False: frequency[: width // 2], True: frequency[::2]}
-    for interleaved, freq in [*halves.items(), (False, frequency), (True, frequency)]:
+    first, even = frequency[: width // 2], frequency[::2]
+    for interleaved, freq in ((False, first), (True, even), (True, first), (False, frequency), (True, frequency)):
         rotary = Rotary(freq.contiguous(), interleaved)
         if rotary.dim <= dim:
             mine = rotary.rotate(probe, torch.arange(cos.shape[1]))
             unscaled = turned if rotary.dim == dim else torch.cat([turned[..., : rotary.dim], probe[..., rotary.dim :]], -1)
             if (mine - unscaled).abs().mean() < 0.02:
                 return rotary
+    return None
+
+
+def _turned_part(turn: Callable[[Tensor], Tensor], probe: Tensor, sizes: tuple[int, ...]) -> Tensor | None:
+    """What `turn` makes of the first coordinates of `probe` [..., D]; families differ in how many they hand over."""
+    for size in sizes:
+        try:
+            return turn(probe[..., :size])
+        except (RuntimeError, TypeError):
+            continue
     return None
 
 
@@ -220,14 +244,12 @@ def collect(model: PreTrainedModel, samples: list[Tensor], coded: list[int], pro
         progress: Called with the number of tokens done after each sample.
 
     Raises:
-        UnsupportedModelError: A layer did not go through transformers' attention interface; the text names it.
+        UnsupportedModelError: A layer's queries, keys and values could not be found, or are of unequal sizes; the text names it.
         CalibrationError: No sample is long enough for a token to count.
 
     Warns:
         UserWarning: There are few tokens for covariances of the model's head size, or a rotary embedding could not be read.
     """
-    if not coded:
-        raise UnsupportedModelError(f"{type(model).__name__} has no attention layer that grows with the text: there is nothing to compress")
     text = model.config.get_text_config(decoder=True)
     statistics = ModelStatistics(fingerprint(model), longest=getattr(text, "max_position_embeddings", None) or DEFAULT_LONGEST)
     recorder = _Recorder(statistics, set(coded))
@@ -240,7 +262,10 @@ def collect(model: PreTrainedModel, samples: list[Tensor], coded: list[int], pro
         raise CalibrationError(f"the calibration text has no sample longer than {SKIP} tokens: bring more text")
     missing = sorted(set(coded) - statistics.layers.keys())
     if missing:
-        raise UnsupportedModelError(f"layers {missing[:4]} of {type(model).__name__} do not use transformers' attention interface; they can't be calibrated")
+        raise UnsupportedModelError(
+            f"layers {missing[:4]} of {type(model).__name__} attend neither by transformers' attention interface nor by products in modules that say their "
+            "layer's index; they can't be calibrated"
+        )
     if recorder.unread:
         warnings.warn(
             f"the rotary embedding of layers {sorted(recorder.unread)[:4]} of {type(model).__name__} could not be reproduced: their keys are coded as "

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from spectralquant.calibration.products import layer_index
+
 QUERIES = 32
 """Queries of each window that are looked at."""
 _TINY = 1e-6
@@ -58,7 +60,7 @@ class QueryRecorder:
     asked: dict[int, Asked] = field(default_factory=dict)
 
     def attention(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> None:
-        index = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
+        index = layer_index(module)
         if index not in self.coded:
             return
         heads, new, total = key.shape[1], query.shape[2], key.shape[2]

@@ -4,10 +4,10 @@ A cached sequence is three disjoint sets of slots: packed (slots below `packed` 
 and secondary sinks, unordered), and raw (the recent window and the tokens of this call, slots `packed` .. `length - 1`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -127,10 +127,11 @@ def without_gradient(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) ->
 class LazyKV(torch.Tensor):
     """A tensor [B, H, T, D] that stands for packed keys or values.
 
-    Our attention function recognises it and reads `packed_kv`. Any other operation decodes it first: foreign code is slower,
-    never wrong, and holds one layer's dense K or V at a time.
+    Our attention function recognises it and reads `packed_kv`, and so do functions that `implements` knows. Any other operation decodes it first: foreign
+    code is slower, never wrong, and holds one layer's dense K or V at a time.
     """
 
+    _implemented: ClassVar[dict[Any, Callable[..., Any]]] = {}
     packed_kv: PackedKV
     which: str
 
@@ -153,11 +154,25 @@ class LazyKV(torch.Tensor):
             return self.packed_kv.dense(self.which)
 
     @classmethod
+    def implements(cls, func: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorator: call what is decorated in the place of the torch function `func`. It returns NotImplemented for arguments that it can't take."""
+
+        def keep(mine: Callable[..., Any]) -> Callable[..., Any]:
+            cls._implemented[func] = mine
+            return mine
+
+        return keep
+
+    @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        mine, kwargs = cls._implemented.get(func), kwargs or {}
+        out = NotImplemented if mine is None else mine(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
         if isinstance(func, HigherOrderOperator):  # flex attention is one: they have no way to `__torch_dispatch__`
-            args, kwargs = tree_map(_joined, args), tree_map(_joined, kwargs or {})
+            args, kwargs = tree_map(_joined, args), tree_map(_joined, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from spectralquant.cache.hf import SpectralCache
 from spectralquant.corpus import get_default_calibration_texts
 from spectralquant.engine import SpectralQuantEngine
-from spectralquant.errors import UnsupportedModelError
+from spectralquant.errors import ConfigError, UnsupportedModelError
 
 
 def ids(length: int, batch: int = 1) -> torch.Tensor:
@@ -74,6 +74,16 @@ def test_generate_options(engine: SpectralQuantEngine, llama: PreTrainedModel, o
     prompt = ids(400)
     out = llama.generate(prompt, max_new_tokens=12, past_key_values=engine.cache(llama), **options)
     assert out.shape[1] > 400 and torch.equal(out[0, :400], prompt[0])
+
+
+def test_generate_uses_the_cache_it_is_given(engine: SpectralQuantEngine, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the configuration is against caches (MPT): without, every step would put the whole text in."""
+    monkeypatch.setattr(llama.generation_config, "use_cache", False)
+    cache = engine.cache(llama)
+    llama.generate(ids(300), max_new_tokens=5, do_sample=False, eos_token_id=None, past_key_values=cache)
+    assert cache.get_seq_length() == 304
+    with pytest.raises(ConfigError, match="leave use_cache out"):
+        llama.generate(ids(300), max_new_tokens=5, past_key_values=engine.cache(llama), use_cache=False)
 
 
 @torch.no_grad()

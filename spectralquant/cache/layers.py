@@ -1,0 +1,205 @@
+"""Layers of a HuggingFace cache that are coded, for transformers 4.56 to 5.x. The interface moved between releases; each shim says which."""
+
+from copy import copy, deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from transformers import cache_utils
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from spectralquant.cache.segment import Segment, use_kernels
+from spectralquant.codec.codec import LayerCodec
+from spectralquant.codec.packed import LazyKV, plain_arithmetic, without_gradient
+from spectralquant.config import CacheConfig
+from spectralquant.errors import ConfigError
+
+CANDIDATES = 128
+"""Tokens of assisted decoding that may be refused at once without a trace in the cache. The window's buffer grows by as many when that many come."""
+
+
+class SpectralLayer(CacheLayerMixin):
+    """One coded layer. `update` returns the raw tensors on an empty layer (prefill attends in full precision) and LazyKV after."""
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, codec: LayerCodec, config: CacheConfig) -> None:
+        super().__init__()
+        self.codec, self.config = codec, config
+        self.segment: Segment | None = None
+        self.padding: Tensor | None = None
+        self.is_initialized = False  # the base class of 4.56 does not set it
+        self.record_past = False  # whether candidates may be refused, see `activate_past_recording`
+        self.stepping = False  # whether `update` takes one token per sequence for a CUDA graph, see `Segment.append`
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        batch = key_states.shape[0]
+        with plain_arithmetic(key_states.device):
+            start = torch.zeros(batch, dtype=torch.int64, device=key_states.device)
+            if self.padding is not None:
+                if batch % len(self.padding):
+                    raise ConfigError(f"the cache was told of {len(self.padding)} sequences and got a batch of {batch}")
+                start = self.padding.to(key_states.device).repeat_interleave(batch // len(self.padding))
+            self.segment = Segment(self.codec, self.config, key_states, start)
+        self.segment.candidates = CANDIDATES if self.record_past else 0
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.segment is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.segment is not None
+        if key_states.device != self.segment.records.device:
+            self._follow(key_states.device)
+        with plain_arithmetic(key_states.device):
+            append = self.segment.append if self.stepping else self.segment.update
+            view = append(key_states.detach(), value_states.detach())
+        if view is None:
+            return key_states, value_states
+        key, value = without_gradient((LazyKV(view, "key"), LazyKV(view, "value")), (key_states, value_states))
+        return key, value
+
+    def _follow(self, device: torch.device) -> None:
+        if device != self.device:
+            raise ConfigError(f"keys are on {device} and the cache was made on {self.device}; make a new cache after moving a model")
+        self.prefetch()
+
+    def take_over(self, other: Any) -> None:
+        """Encode what an uncompressed layer of the same model holds; this one is empty."""
+        self.update(other.keys, other.values)
+
+    def copy(self) -> "SpectralLayer":
+        """An independent layer with the same content; the codec is shared."""
+        other = copy(self)
+        other.segment = self.segment.copy() if self.segment is not None else None
+        return other
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        return self.segment.tensors() if self.segment is not None else []
+
+    def runs_kernels(self, device: torch.device) -> bool:
+        """Whether attention over this layer on `device` is the fused kernel's."""
+        return use_kernels(self.codec, self.config, device)
+
+    def get_seq_length(self, *args: Any) -> int:
+        return 0 if self.segment is None else self.segment.length
+
+    def get_mask_sizes(self, query_length: "int | Tensor") -> tuple[int, int]:
+        if isinstance(query_length, Tensor):  # before 5.4: cache_position
+            query_length = query_length.shape[0]
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # the name before 5.14
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Negative: remove that many tokens. Positive (before 5.15): the length to keep."""
+        if self.segment is not None and tokens_to_remove:
+            length = self.segment.length + tokens_to_remove if tokens_to_remove < 0 else tokens_to_remove
+            with plain_arithmetic(self.segment.records.device):
+                self.segment.crop(max(length, 0))
+
+    def activate_past_recording(self) -> None:
+        """From now on up to `CANDIDATES` tokens can be cropped after the update that brought them, as if they had never been there."""
+        self.record_past = True
+        if self.segment is not None:
+            self.segment.candidates = CANDIDATES
+
+    def reset(self) -> None:
+        self.segment, self.padding, self.is_initialized = None, None, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda t: t[indices.to(t.device)])
+
+    def offload(self) -> None:
+        self._map(lambda t: t.to("cpu"))
+
+    def prefetch(self) -> None:
+        self._map(lambda t: t.to(self.device))
+
+    def _map(self, fn: Any) -> None:
+        if self.segment is not None:
+            with plain_arithmetic(self.segment.records.device):
+                self.segment.map_batch(fn)
+
+
+KEEPS_RECURRENT_STATES = hasattr(cache_utils, "LinearAttentionAndFullAttentionLayer")
+"""Whether transformers' layers keep recurrent states, with attention in one layer too (Falcon-H1); before 5.4 such models bring caches of their own."""
+CODED: dict[type, type[SpectralLayer]] = {DynamicLayer: SpectralLayer}
+"""transformers' layers that grow with the text -> ours. Sliding-window, recurrent and placeholder layers stay as they are: they are bounded."""
+
+_STATES = ("conv_states", "recurrent_states")
+"""Tensors, or dicts of several in later releases; flags and sizes beside them differ as well."""
+_OF_ATTENTION = {"codec", "config", "segment", "padding", "record_past", "stepping", "keys", "values", "is_initialized"}
+
+if KEEPS_RECURRENT_STATES:
+
+    class SpectralHybridLayer(SpectralLayer, cache_utils.LinearAttentionLayer):
+        """A layer with attention, which is coded, and recurrent states, which are not: they don't grow."""
+
+        supports_early_init = False
+        is_croppable: Any = getattr(cache_utils.LinearAttentionLayer, "is_croppable", False)  # unknown before 5.17
+
+        def __init__(self, codec: LayerCodec, config: CacheConfig, **states: Any) -> None:
+            cache_utils.LinearAttentionLayer.__init__(self, **states)
+            SpectralLayer.__init__(self, codec, config)
+
+        def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+            """Called by `SpectralLayer.update` with keys and values, and by the states' updates with names."""
+            base = SpectralLayer if args else cache_utils.LinearAttentionLayer
+            base.lazy_initialization(self, *args, **kwargs)
+
+        def take_over(self, other: Any) -> None:
+            self._set_states(vars(other))
+            super().take_over(other)
+
+        def copy(self) -> "SpectralHybridLayer":
+            other = super().copy()
+            assert isinstance(other, SpectralHybridLayer)
+            other._set_states(vars(self))
+            return other
+
+        def tensors(self) -> list[Tensor]:
+            held = (getattr(self, name) for name in _STATES)
+            return [*super().tensors(), *(t for x in held for t in (x.values() if isinstance(x, dict) else (x,)) if t is not None)]
+
+        def crop(self, tokens_to_remove: int) -> None:
+            cache_utils.LinearAttentionLayer.crop(self, tokens_to_remove)
+            super().crop(tokens_to_remove)
+
+        def reset(self) -> None:
+            cache_utils.LinearAttentionLayer.reset(self)
+            super().reset()
+
+        def _set_states(self, attributes: dict[str, Any]) -> None:
+            for name in attributes.keys() - _OF_ATTENTION:
+                setattr(self, name, deepcopy(attributes[name]))
+
+        def _map(self, fn: Any) -> None:
+            super()._map(fn)
+            for name in _STATES:
+                setattr(self, name, tree_map(lambda t: fn(t) if isinstance(t, Tensor) else t, getattr(self, name)))
+
+    CODED[cache_utils.LinearAttentionAndFullAttentionLayer] = SpectralHybridLayer
+
+
+def coded_layer(layer: Any, codec: LayerCodec, config: CacheConfig) -> SpectralLayer:
+    """Ours in the place of transformers' `layer`, which is empty and of a type in `CODED`."""
+    states = {"number_of_states": layer.number_of_states} if hasattr(layer, "number_of_states") else {}
+    return CODED[type(layer)](codec, config, **states)
+
+
+def has_states(layer: Any) -> bool:
+    """Whether a layer, ours or transformers', keeps recurrent states."""
+    return any(hasattr(layer, name) for name in _STATES)
