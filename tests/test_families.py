@@ -37,9 +37,9 @@ def ids(length: int, batch: int = 1) -> torch.Tensor:
 
 @pytest.fixture(params=CODED, ids=lambda f: f.name)
 def family(request: pytest.FixtureRequest) -> Any:
-    """The family, calibrated; its model is as it was afterwards."""
+    """The family, calibrated; its model is as it was afterwards. Hybrids are refused before transformers 5.4."""
     prepared = prepare(request.param)
-    if isinstance(prepared, SpectralQuantError) and not KEEPS_RECURRENT_STATES:  # hybrids, before transformers 5.4
+    if not KEEPS_RECURRENT_STATES and any(reason in str(prepared) for reason in ("in a cache of its own kind", "Lfm2ForCausalLM attend neither")):
         pytest.skip(str(prepared))
     assert isinstance(prepared, Prepared), prepared
     yield prepared
