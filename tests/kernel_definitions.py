@@ -41,6 +41,7 @@ REPRESENTATIVE: dict[str, list[dict[str, int]]] = {
         {"D": 112, "PLANES": 160, "IS_KEY": 0, "GAIN": 0, "BLOCKS": 4, "SIDE": 1},
     ],
     "exact.cu": [{"D": 128}, {"D": 80}],
+    "append.cu": [{"D": 128}, {"D": 80}],
     "dense.cu": [
         _DENSE,
         {**_DENSE, "IS_KEY": 0, "PAIRS": 0, "RUN": 0},
