@@ -46,7 +46,8 @@ __device__ void attend_stretches(const Arguments& a, Shared& sm) {
     Stretch s;
     int loaded = -1;
     while (next_stretch(a, schedule, s)) {
-        const int steps = s.last - s.first, from = s.first + steps * warp / WARPS, to = s.first + steps * (warp + 1) / WARPS, end_packed = min(to, s.units);
+        const int steps = s.last - s.first, from = s.first + steps * warp / WARPS, to = s.first + steps * (warp + 1) / WARPS;
+        const int packed = s.units - s.skipped, end_packed = min(to, packed);
         if (s.head != loaded) load_constants(a, loaded = s.head, sm);
         start_records(a, s, sm, from, end_packed);
         load_queries(a, s, sm);
@@ -55,7 +56,7 @@ __device__ void attend_stretches(const Arguments& a, Shared& sm) {
         State st;
         start_state(st);
         if (from < end_packed) packed_part(a, s, sm, st, from, end_packed);
-        for (int step = max(from, s.units); step < to; step++) dense_step(a, s, sm, st, step);
+        for (int step = max(from, packed); step < to; step++) dense_step(a, s, sm, st, step);
         __syncwarp();
         write_state(st, (float*)sm.slots[warp]);
         __syncthreads();

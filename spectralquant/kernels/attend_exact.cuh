@@ -11,7 +11,7 @@ struct Tile {
 };
 
 __device__ __forceinline__ Tile tile_of(const Arguments& a, const Stretch& s, int step) {
-    const int exact_tiles = (a.exact + TILE - 1) / TILE, at = step - s.units;
+    const int exact_tiles = (a.exact + TILE - 1) / TILE, at = step - (s.units - s.skipped);
     Tile t;
     if (at < exact_tiles) {
         const i64 base = ((i64)s.batch * a.heads + s.head) * a.exact * D;

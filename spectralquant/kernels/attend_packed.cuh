@@ -132,7 +132,7 @@ __device__ __forceinline__ void add_packed(State& st, const float (&scores)[8][2
 }
 
 __device__ __forceinline__ const u8* first_record(const Arguments& a, const Stretch& s) {
-    return a.records + ((i64)s.batch * a.heads + s.head) * a.units * RECORD;
+    return a.records + (((i64)s.batch * a.heads + s.head) * a.units + s.skipped) * RECORD;
 }
 
 // Record `first` on its way to the warp's slot, as two groups of copies, unless there is nothing up to `last`.
@@ -164,8 +164,8 @@ __device__ void packed_part(const Arguments& a, const Stretch& s, Shared& sm, St
     int held = -1 - RUNS_OF_TILE;  // the first run in q; `next_held`: the following ones lie in shared memory
     bool next_held = false;
 #pragma unroll 1
-    for (int unit = first; unit < last; unit++) {
-        const int run = RUN ? unit * 128 / (RUN ? RUN : 1) : 0;
+    for (int step = first; step < last; step++) {
+        const int unit = s.skipped + step, run = RUN ? unit * 128 / (RUN ? RUN : 1) : 0;
         if (run >= held + RUNS_OF_TILE) {
             if (next_held) take_next(sm, q); else map_queries(a, sm, s.head, run, mean_scale, q);
             next_held = !next_held, held = run;
@@ -175,12 +175,12 @@ __device__ void packed_part(const Arguments& a, const Stretch& s, Shared& sm, St
         __syncwarp();
         packed_scores(a, sm, q, s.head, unit, run != held, keys, factor, mean, scores);
         __syncwarp();
-        copy_part<KEY_PART>(keys, base + (i64)(unit + 1) * RECORD, unit + 1 < last);
+        copy_part<KEY_PART>(keys, base + (i64)(step + 1) * RECORD, step + 1 < last);
         wait_copies<1>();
         __syncwarp();
         add_packed(st, scores, values);
         __syncwarp();
-        copy_part<VALUE_PART>(values, base + (i64)(unit + 1) * RECORD + KEY_PART, unit + 1 < last);
+        copy_part<VALUE_PART>(values, base + (i64)(step + 1) * RECORD + KEY_PART, step + 1 < last);
     }
     wait_copies<0>();
     add_missing_mass(a, s, st);

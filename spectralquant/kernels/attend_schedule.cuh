@@ -4,6 +4,8 @@
 //   parts   every item is cut into equal parts, and every block takes as many parts as any other: it starts few items, most often one
 //   line    the steps of all items form one line, and every block takes an equal stretch of it: none idles, whatever the lengths
 //
+// Units of nothing but left padding are no steps: a short sequence beside long ones costs what it holds.
+//
 // What covers an item only in part leaves a partial result. Those of an item are left by blocks that follow each other. Numbers of steps have 32 bits: the host
 // refuses more (attention/cuda.py).
 #include "attend_shapes.cuh"
@@ -13,7 +15,7 @@
 // Steps first .. last - 1 of the `count` of an item, the packed ones before the dense ones.
 struct Stretch {
     int head, row_group, batch, first, last, count;
-    int units, raw, start;
+    int units, raw, start, skipped;  // skipped: units before the first step
     int first_block, blocks;  // that share the item
 };
 
@@ -24,10 +26,13 @@ struct Schedule {
     u32 share;         // what a block takes
 };
 
+__device__ __forceinline__ int skipped_units(i64 start, int units) { return (int)min(start / 128, (i64)units); }
+
 __device__ __forceinline__ int steps_of(const Arguments& a, int b, int& units, int& raw) {
     units = b < a.batch ? a.lengths[2 * b] : 0;
     raw = b < a.batch ? a.lengths[2 * b + 1] : 0;
-    return units + raw ? units + (a.exact + TILE - 1) / TILE + (raw + TILE - 1) / TILE : 0;
+    const i64 start = b < a.batch ? a.start[b] : 0;
+    return units + raw ? units - skipped_units(start, units) + (a.exact + TILE - 1) / TILE + (raw + TILE - 1) / TILE : 0;
 }
 
 __device__ __forceinline__ int parts_of(int count, const Schedule& p) { return count == p.steps ? max(1, p.cut) : count ? max(1u, (u32)p.cut * count / p.steps) : 0; }
@@ -97,7 +102,7 @@ __device__ bool next_stretch(const Arguments& a, Schedule& p, Stretch& s) {
         }
         rest -= __shfl_sync(FULL_WARP, sum, 31);
     }
-    s.start = (int)a.start[s.batch];
+    s.start = (int)a.start[s.batch], s.skipped = skipped_units(s.start, s.units);
     if (p.parts) {
         s.blocks = parts_of(s.count, p), s.first_block = blockIdx.x - rest;
         s.first = (u32)s.count * rest / s.blocks, s.last = (u32)s.count * (rest + 1) / s.blocks;
