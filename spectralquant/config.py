@@ -62,6 +62,7 @@ class CacheConfig:
         max_exact_share: Bound on the share of a layer's packed tokens kept exact besides the sinks.
         tile_tokens: Tokens of one layer that are unpacked at a time, at most, by all but the fused kernel; None for what suits the device, see `tile_on`.
         cuda_graphs: On GPUs with kernels, `generate` captures a decode step as a CUDA graph where the model allows it, see `decode_graph`.
+        compile_steps: Such a step is compiled by torch.compile first: faster steps, for some seconds once per model and batch size.
         backend: "auto", "reference" (PyTorch) or "cuda" (the fused kernels, or an error that says why they can't run), see `backend.resolve_backend`.
     """
 
@@ -71,6 +72,7 @@ class CacheConfig:
     tile_tokens: int | None = None
     backend: Backend = "auto"
     cuda_graphs: bool = True
+    compile_steps: bool = False
 
     def __post_init__(self) -> None:
         require_int("sinks", self.sinks, 0, 64)

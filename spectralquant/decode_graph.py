@@ -9,13 +9,17 @@ Every 128 tokens a block leaves the window, in two more graphs that hold all lay
 exact sets off for the host; when the block is due, that number is there, the exact store has the room it needs and no more, and the second graph moves the
 block out. So the host never waits for the device. When a store grows, what uses it is captured anew.
 
-Nothing depends on it: a model that can't be captured is run as it is, and the log says why, once.
+Rows whose input token ends a text are finished: attention does not read their keys and values any more.
+
+With `CacheConfig(compile_steps=True)` torch.compile fuses the step's small operations before it is captured. Codes are written and read outside of what it
+sees, so all layers of a kind and all lengths share what it compiles.
+
+Nothing depends on it: a model that can't be captured or compiled is run as it is. The log says why, once, and so does `SpectralCache.decode_report`.
 """
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
@@ -30,6 +34,7 @@ from spectralquant.cache.hf import SpectralCache
 from spectralquant.cache.layers import SpectralLayer
 from spectralquant.cache.segment import Segment
 from spectralquant.codec.packed import plain_arithmetic
+from spectralquant.cuda_graphs import CaptureError, GraphSet, Places, Readback, places_of
 
 _STATIC = ("input_ids", "position_ids", "cache_position")
 """Tensors that change from step to step and have the same shape each time."""
@@ -44,75 +49,53 @@ LEAD = 8
 """Steps between the encoding of a block and its move out of the window: by then the host has the number that came out. Not more, because the store of
 codes grows at the first of the two."""
 
-Places = tuple[tuple[int, torch.Size], ...]
-"""Addresses and shapes of tensors."""
-
 _log = logging.getLogger("spectralquant")
 
 
-class CaptureError(Exception):
-    """Launches can't be captured."""
-
-
 @dataclass(frozen=True, slots=True)
-class Captured:
-    """A graph, what its launches returned, and where the tensors are that they use."""
-
-    graph: torch.cuda.CUDAGraph
-    output: Any
-    places: Places
-
-
-class Readback:
-    """Integers that the device computes and the host reads some steps later, without a wait in between.
+class DecodeReport:
+    """How the steps of one generation ran.
 
     Attributes:
-        values: [n] int64 on the device.
+        mode: "CUDA graph", "compiled CUDA graph", or "as it is": the model's own forward, launch by launch.
+        reason: Why not as a graph, or not compiled though that was asked for; None where nothing stands against it.
+        captures, replays: Of the step's graph.
     """
 
-    def __init__(self, count: int, device: torch.device) -> None:
-        self._device = device
-        self.values = torch.zeros(count, dtype=torch.int64, device=device)
-        self._copy = torch.zeros(count, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._arrived = torch.cuda.Event()
-
-    def send(self) -> None:
-        """Have `values` copied to the host once everything launched so far has run."""
-        self._copy.copy_(self.values, non_blocking=True)
-        self._arrived.record(torch.cuda.current_stream(self._device))
-
-    def read(self) -> list[int]:
-        """What was sent last."""
-        self._arrived.synchronize()
-        return self._copy.tolist()
+    mode: str
+    reason: str | None = None
+    captures: int = 0
+    replays: int = 0
 
 
-class DecodeGraph:
-    """Repeats steps of `forward` on `cache`.
+class DecodeGraph(GraphSet):
+    """Repeats steps of `forward` on `cache`, as graphs of the kinds "step", "encode" and "store".
 
     Args:
         model: Gives device and vocabulary.
         forward: The model's own forward.
         cache: Every layer coded, on an NVIDIA GPU that runs the kernels.
-
-    Attributes:
-        captures, replays: How often each kind of graph was captured and replayed: "step", "encode" and "store".
+        ends: Ids of tokens behind which nothing is read of a row any more. Only for rows that keep their place: none for beam search.
     """
 
-    def __init__(self, model: PreTrainedModel, forward: Callable[..., Any], cache: SpectralCache) -> None:
+    def __init__(self, model: PreTrainedModel, forward: Callable[..., Any], cache: SpectralCache, ends: tuple[int, ...] = ()) -> None:
+        super().__init__(model.device)
         self.model, self.forward, self.cache = model, forward, cache
-        self.captures: Counter[str] = Counter()
-        self.replays: Counter[str] = Counter()
-        self._stream = torch.cuda.Stream(model.device)  # of its own: what a launch keeps per stream is made before the capture
-        self._pool: Any = None  # memory of all graphs: they run one after another
-        self._captured: dict[str, Captured] = {}
-        self._ran: set[str] = set()
+        self._compiled = compile_forward(forward) if cache.coded_layers[0].config.compile_steps else None
+        self._ends = torch.tensor(ends, dtype=torch.int64, device=model.device) if ends else None
+        self._seen: _SeenLengths | None = None
         self._inputs: dict[str, Tensor] = {}
         self._needs: Readback | None = None  # entries of the exact stores, once the blocks that are encoded have moved
         self._places: Places = ()  # of the last step
         self._moved = 0
         self._masked: bool | None = None  # whether the mask of this call hides more than left padding
         self._off = False
+        self._reason: str | None = None
+
+    def report(self) -> DecodeReport:
+        """What has happened so far."""
+        mode = "as it is" if self._off or not self._ran else "CUDA graph" if self._compiled is None else "compiled CUDA graph"
+        return DecodeReport(mode, self._reason, self.captures["step"], self.replays["step"])
 
     def takes(self, inputs: dict[str, Any]) -> bool:
         """Whether a forward with these arguments is a step that can be repeated."""
@@ -140,7 +123,7 @@ class DecodeGraph:
             self._fill(inputs, segments)
             out = self._step(inputs, segments)
         except CaptureError as error:
-            self._turn_off(str(error))
+            self._turn_off(str(error), logging.WARNING)
             return self.forward(**inputs)
         for segment in segments:
             segment.count_step()
@@ -153,10 +136,11 @@ class DecodeGraph:
         """Let the window's oldest block of every layer leave if it is due, and encode it if it soon will be. All layers have the same lengths."""
         for segment in segments:
             segment.ahead = AHEAD
-        if segments[0].tokens_left <= 0:
-            self._store_blocks(segments)
-        if segments[0].tokens_left <= LEAD and segments[0].can_encode:
-            self._encode_blocks(segments)
+        with segments[0].watch.running() if segments[0].watch and segments[0].tokens_left <= LEAD else nullcontext():
+            if segments[0].tokens_left <= 0:
+                self._store_blocks(segments)
+            if segments[0].tokens_left <= LEAD and segments[0].can_encode:
+                self._encode_blocks(segments)
 
     def _store_blocks(self, segments: list[Segment]) -> None:
         if self._needs is None or not all(segment.encoded for segment in segments):
@@ -169,7 +153,7 @@ class DecodeGraph:
             for segment in segments:
                 segment.store_block()
 
-        self._repeat("store", launch, _places(t for segment in segments for t in segment.tensors()))
+        self.repeat("store", launch, places_of(t for segment in segments for t in segment.tensors()))
         for segment in segments:
             segment.count_block()
 
@@ -182,7 +166,7 @@ class DecodeGraph:
                 segment.encode_block()
             needs.values.copy_(torch.stack([segment.exact_need() for segment in segments]))
 
-        self._repeat("encode", launch, _places(t for segment in segments for t in segment.encode_tensors()))
+        self.repeat("encode", launch, places_of(t for segment in segments for t in segment.encode_tensors()))
         needs.send()
         for segment in segments:
             segment.encoded = True
@@ -194,18 +178,31 @@ class DecodeGraph:
             segment.reserve_exact(need)
 
     def _step(self, inputs: dict[str, Any], segments: list[Segment]) -> Any:
-        places = _places([*self._inputs.values(), *(t for segment in segments for t in segment.tensors())])
+        if self._ends is not None and self._seen is None:
+            self._seen = _SeenLengths(self._ends, segments[0].lengths)
+        tensors = [*self._inputs.values(), *(t for segment in segments for t in segment.tensors())]
+        places = places_of(tensors)
         settled = places == self._places  # tables that follow the size of a store are made by a step that runs as it is
         self._places, self._moved = places, 0 if settled else self._moved + 1
-
-        def launch() -> Any:
-            with self._stepping():
-                return self.forward(**{**inputs, **self._inputs, "attention_mask": None})
-
-        out = self._repeat("step", launch, places, settled)
+        try:
+            out = self.repeat("step", lambda: self._launch(inputs, segments), places, settled)
+        except Exception as error:  # of dynamo, inductor, Triton or a compiler
+            if self._compiled is None or isinstance(error, CaptureError):
+                raise
+            self._compiled = None
+            self._report(f"torch.compile raised {type(error).__name__}: {(str(error).splitlines() or ['nothing'])[0]}", "are not compiled", logging.WARNING)
+            for segment in segments:
+                segment.write_lengths()
+            out = self.repeat("step", lambda: self._launch(inputs, segments), places, settled)
         if self._moved >= _TRIES:
             self._turn_off("buffers move at every step, as under beam search")
         return out
+
+    def _launch(self, inputs: dict[str, Any], segments: list[Segment]) -> Any:
+        if self._seen is not None:
+            self._seen.count_step(self._inputs["input_ids"], segments[0].lengths)
+        with self._stepping():
+            return (self._compiled or self.forward)(**{**inputs, **self._inputs, "attention_mask": None})
 
     def _fill(self, inputs: dict[str, Any], segments: list[Segment]) -> None:
         """The step's tensors into the buffers that the graph reads."""
@@ -224,70 +221,60 @@ class DecodeGraph:
         layers: list[SpectralLayer] = self.cache.coded_layers
         try:
             for layer in layers:
-                layer.stepping = True
+                layer.stepping, layer.seen = True, None if self._seen is None else self._seen.lengths
             yield
         finally:
             for layer in layers:
-                layer.stepping = False
+                layer.stepping, layer.seen = False, None
 
-    def _repeat(self, kind: str, launch: Callable[[], Any], places: Places, settled: bool = True) -> Any:
-        """What `launch` returns: run as it is the first time, so that libraries and kernels are ready, and where it is not `settled`; then captured, and
-        replayed as long as the tensors that it uses stay at `places`.
-
-        Raises:
-            CaptureError: It can't be captured. Nothing was run.
-        """
-        found = self._captured.get(kind)
-        if found is None or found.places != places:
-            if kind not in self._ran or not settled:
-                self._ran.add(kind)
-                return self._run(launch)
-            found = self._captured[kind] = self._capture(launch, places)
-            self.captures[kind] += 1
-        found.graph.replay()
-        self.replays[kind] += 1
-        return found.output
-
-    def _run(self, launch: Callable[[], Any]) -> Any:
-        """`launch` without a graph, on the stream of the captures."""
-        current = torch.cuda.current_stream(self.model.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            out = launch()
-        current.wait_stream(self._stream)
-        return out
-
-    def _capture(self, launch: Callable[[], Any], places: Places) -> Captured:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # A capture that fails leaves its stream the current one; the outer block restores this one.
-            with torch.cuda.stream(torch.cuda.current_stream(self.model.device)), torch.cuda.graph(graph, self._pool, self._stream):
-                output = launch()
-        except RuntimeError as error:
-            raise CaptureError(str(error).splitlines()[0]) from error
-        self._pool = graph.pool()
-        return Captured(graph, output, places)
-
-    def _turn_off(self, reason: str) -> None:
+    def _turn_off(self, reason: str, level: int = logging.INFO) -> None:
         self._off = True
-        self._report(reason)
+        self._report(reason, level=level)
 
-    def _report(self, reason: str) -> None:
-        _log.info("decode steps of %s run without a CUDA graph: %s", type(self.model).__name__, reason)
+    def _report(self, reason: str, what: str = "run without a CUDA graph", level: int = logging.INFO) -> None:
+        self._reason = reason
+        _log.log(level, "decode steps of %s %s: %s", type(self.model).__name__, what, reason)
 
 
-def _places(tensors: Iterable[Tensor]) -> Places:
-    return tuple((t.data_ptr(), t.shape) for t in tensors)
+class _SeenLengths:
+    """Lengths that attention goes by: those of the cache with a step's token, and nothing of rows that are finished.
+
+    Attributes:
+        lengths: [B, 2] int32, see `Segment.lengths`.
+    """
+
+    def __init__(self, ends: Tensor, lengths: Tensor) -> None:
+        self._ends, self.lengths = ends, torch.zeros_like(lengths)
+        self._token = torch.tensor([0, 1], dtype=torch.int32, device=lengths.device)
+        self._running = torch.ones((len(lengths), 1), dtype=torch.int32, device=lengths.device)
+
+    def count_step(self, ids: Tensor, before: Tensor) -> None:
+        """Launches only. ids: [B, 1], the step's tokens; before: [B, 2], the cache's lengths without them."""
+        self._running.mul_(torch.isin(ids, self._ends, invert=True))
+        torch.mul(before + self._token, self._running, out=self.lengths)
+
+
+def compile_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` by torch.compile. A layer's number is no reason to compile it again."""
+    compiled = torch.compile(forward)
+
+    def run(**inputs: Any) -> Any:
+        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+            return compiled(**inputs)
+
+    return run
 
 
 @contextmanager
-def graphed_steps(model: Any, cache: SpectralCache) -> Iterator[DecodeGraph | None]:
-    """For the length of a with block, decode steps of `model` on `cache` are replayed where that is possible; gives None where it never is."""
-    forward = model.forward
-    if not _can_graph(model, cache):
+def graphed_steps(model: Any, cache: SpectralCache, ends: tuple[int, ...] = ()) -> Iterator[DecodeGraph | None]:
+    """For the length of a with block, decode steps of `model` on `cache` are replayed where that is possible; gives None where it never is. Leaves a
+    `DecodeReport` in `cache.decode_report`. `ends`: see `DecodeGraph`."""
+    forward, obstacle = model.forward, find_obstacle(model, cache)
+    if obstacle is not None:
+        cache.decode_report = DecodeReport("as it is", obstacle)
         yield None
         return
-    graph = DecodeGraph(model, forward, cache)
+    graph = DecodeGraph(model, forward, cache, ends)
     active = [graph]
 
     @wraps(forward)
@@ -303,6 +290,7 @@ def graphed_steps(model: Any, cache: SpectralCache) -> Iterator[DecodeGraph | No
         yield graph
     finally:
         active.clear()  # another thread's generate may have wrapped this wrapper, which then passes everything on
+        cache.decode_report = graph.report()
         if model.__dict__.get("forward") is stepped:
             if own:
                 model.forward = forward
@@ -310,16 +298,24 @@ def graphed_steps(model: Any, cache: SpectralCache) -> Iterator[DecodeGraph | No
                 del model.forward
 
 
-def _can_graph(model: Any, cache: SpectralCache) -> bool:
+def find_obstacle(model: Any, cache: SpectralCache) -> str | None:
+    """Why no step of `model` on `cache` can be a CUDA graph, or None."""
     layers: list[Any] = list(cache.layers)
-    return (
-        model.device.type == "cuda"
-        and bool(layers)
-        and str(model.config.get_text_config(decoder=True)._attn_implementation) == NAME  # foreign attention reads views of a step at their full length
-        and all(type(layer) is SpectralLayer and layer.config.cuda_graphs and layer.runs_kernels(model.device) for layer in layers)
-        and {"input_ids", "position_ids"} <= signature(model.forward).parameters.keys()
-        and len({p.device for p in model.parameters()}) == 1
-    )
+    if model.device.type != "cuda":
+        return f"the model is on {str(model.device)!r}, not on an NVIDIA GPU"
+    if str(model.config.get_text_config(decoder=True)._attn_implementation) != NAME:  # it reads views of a step at their full length
+        return "attention is not ours; call engine.apply_to(model) before generate"
+    if not layers or not all(type(layer) is SpectralLayer for layer in layers):
+        return "some layers are not coded"
+    if not layers[0].config.cuda_graphs:
+        return "CacheConfig(cuda_graphs=False)"
+    if not all(layer.runs_kernels(model.device) for layer in layers):
+        return "attention over codes is the reference's here (see `spectralquant doctor`)"
+    if not {"input_ids", "position_ids"} <= signature(model.forward).parameters.keys():
+        return "the model takes no position_ids"
+    if len({p.device for p in model.parameters()}) > 1:
+        return "the model's weights are on several devices"
+    return None
 
 
 def _only_padding(mask: Any, segments: list[Segment]) -> bool:

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from spectralquant import application, prompts
 from spectralquant.cache.hf import SpectralCache, cache_argument, coded_layer_indices, layer_devices, model_device
 from spectralquant.calibration.hf import collect, known_fingerprint, unwrapped
+from spectralquant.clock import GenerationClock
 from spectralquant.codec.budget import require_head_dim, semantic_size
 from spectralquant.codec.codec import LayerCodec, build_codec, place_codecs
 from spectralquant.codec.quantizer import QUANTIZERS
@@ -248,26 +249,26 @@ class SpectralQuantEngine:
             **generation: Any option of transformers' `generate`, `streamer` and `generation_config` included.
 
         Returns:
-            {text, tokens, stats}: the new text and token ids (lists when `prompt` is a batch), and what was measured; seconds
-            count everything, prefill and compression included.
+            {text, tokens, stats}: the new text and token ids (lists when `prompt` is a batch), and what was measured. `seconds` counts everything and
+            is the sum of `prefill_seconds`, `compress_seconds` (packing, of the prompt and of blocks that leave the window later) and `decode_seconds`.
+            `decode_mode` says how steps ran ("CUDA graph", "compiled CUDA graph", "as it is"), `decode_reason` why they did not run as graphs.
         """
         count = require_int("max_new_tokens", max_new_tokens, 0)
         inputs = prompts.encode(tokenizer, prompt, add_special_tokens, model_device(model))
         self._calibrate_once(model, tokenizer)
         with self.applied_to(model):
-            began = time.perf_counter()
             cache = self.cache(model)
-            sequences = inputs.ids
+            sequences, clock = inputs.ids, GenerationClock(cache, model_device(model))
             if count:
-                generation = prompts.with_pad_token(model, tokenizer, generation)
+                generation = clock.watched(prompts.with_pad_token(model, tokenizer, generation))
                 out = model.generate(input_ids=inputs.ids, attention_mask=inputs.mask, max_new_tokens=count, **cache_argument(model, cache), **generation)
                 sequences = getattr(out, "sequences", out)
-            seconds = time.perf_counter() - began
+            times = clock.stop()
         new = sequences[:, inputs.ids.shape[1] :]
         tokens = [prompts.strip_padding(row, tokenizer) for row in new]
         texts = [tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
         made = sum(len(t) for t in tokens)
-        stats = self._last_stats = self._stats(cache, made, seconds)
+        stats = self._last_stats = {**self._stats(cache, made, times.seconds), **times.stats(made - len(tokens)), **_how_decoded(cache)}
         batch = inputs.batched or len(texts) > 1
         return {"text": texts if batch else texts[0], "tokens": tokens if batch else tokens[0], "stats": stats}
 
@@ -355,6 +356,11 @@ class SpectralQuantEngine:
             "tokens_per_second": new_tokens / seconds if seconds else 0.0,
             "preset": self.preset.name,
         }
+
+
+def _how_decoded(cache: SpectralCache) -> dict[str, Any]:
+    report = cache.decode_report
+    return {} if report is None else {"decode_mode": report.mode, "decode_reason": report.reason, "decode_replays": report.replays}
 
 
 def _advance(bar: Any) -> Callable[[int], None]:

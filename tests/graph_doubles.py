@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from spectralquant import decode_graph
 from spectralquant.cache.segment import Segment
-from spectralquant.decode_graph import Captured, CaptureError, DecodeGraph
+from spectralquant.cuda_graphs import Captured, CaptureError
+from spectralquant.decode_graph import DecodeGraph
 
 _WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default, torch.ops.aten.equal.default}
 """Operations that need a value or a size from the device, which a capture refuses."""
@@ -114,5 +115,5 @@ def use_doubles(monkeypatch: pytest.MonkeyPatch, graph: type[DecodeGraph] = Doub
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(decode_graph, "DecodeGraph", make)
-    monkeypatch.setattr(decode_graph, "_can_graph", lambda model, cache: cache.layers[0].config.cuda_graphs)
+    monkeypatch.setattr(decode_graph, "find_obstacle", lambda model, cache: None if cache.layers[0].config.cuda_graphs else "not asked for")
     return made

@@ -1,5 +1,8 @@
 """Decode steps by a CUDA graph: the parts everywhere, the whole with a GPU."""
 
+import logging
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +10,9 @@ import pytest
 import torch
 from graph_doubles import DoubledGraph, use_doubles
 from tiny_models import TinyTokenizer, tiny_model
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from spectralquant import decode_graph, follow_up
 from spectralquant.cache.segment import Segment
 from spectralquant.config import CacheConfig
 from spectralquant.corpus import get_default_calibration_texts
@@ -221,3 +225,127 @@ def test_no_graph_where_positions_do_not_follow_from_the_length(engine: Spectral
     monkeypatch.setattr(llama.model, "rope_deltas", None, raising=False)
     assert not graph.takes({"input_ids": ids, "past_key_values": cache})
     assert graph.takes({"input_ids": ids, "past_key_values": cache, "position_ids": ids[None].expand(3, -1, -1)})
+
+
+# What is not read, compiled steps, reports ----------------------------------------------------------------------------
+
+
+def test_finished_rows_are_not_read(engine: SpectralQuantEngine, llama: PreTrainedModel, doubles: list[DoubledGraph]) -> None:
+    """A row whose input token was an end has lengths of zero from then on; the others what the cache has. Ends don't outlast the generation."""
+    cache, ids = engine.cache(llama), torch.randint(3, 99, (3, 300))
+    with torch.no_grad(), graphed_steps(llama, cache, (100, 101)) as graph:
+        assert graph is not None
+        llama(ids, past_key_values=cache)
+        for tokens, running in [([5, 6, 7], [1, 1, 1]), ([100, 6, 7], [0, 1, 1]), ([2, 6, 101], [0, 1, 0]), ([2, 6, 2], [0, 1, 0])]:
+            llama(input_ids=torch.tensor(tokens)[:, None], past_key_values=cache)
+            segment = cache.coded_layers[0].segment
+            assert segment is not None and graph._seen is not None
+            assert torch.equal(graph._seen.lengths, segment.lengths * torch.tensor(running)[:, None])
+    assert all(layer.seen is None for layer in cache.coded_layers) and segment.lengths[:, 1].unique().numel() == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "ends"),
+    [
+        ({}, (7,)),
+        ({"eos_token_id": [5, 6]}, (5, 6)),
+        ({"eos_token_id": None}, ()),
+        ({"num_beams": 2}, ()),
+        ({"prompt_lookup_num_tokens": 3}, ()),
+        ({"generation_config": GenerationConfig(eos_token_id=9)}, (9,)),
+        ({"generation_config": GenerationConfig(num_beams=2)}, ()),
+    ],
+    ids=str,
+)
+def test_which_tokens_finish_a_row(
+    engine: SpectralQuantEngine, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], ends: tuple[int, ...]
+) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    @contextmanager
+    def look(model: Any, cache: Any, ends: tuple[int, ...]) -> Any:
+        seen.append(ends)
+        yield None
+
+    monkeypatch.setattr(follow_up, "graphed_steps", look)
+    monkeypatch.setattr(llama.generation_config, "eos_token_id", 7)
+    monkeypatch.setattr(llama.generation_config, "pad_token_id", 0)
+    with engine.applied_to(llama):
+        llama.generate(torch.randint(8, 99, (1, 20)), past_key_values=engine.cache(llama), max_new_tokens=2, **options)
+    assert seen == [ends]
+
+
+def compiling(calibration: Path) -> SpectralQuantEngine:
+    engine = SpectralQuantEngine(cache_config=CacheConfig(compile_steps=True))
+    engine.load_calibration(calibration)
+    return engine
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_steps_are_the_steps(
+    engine: SpectralQuantEngine, llama: PreTrainedModel, llama_calibration: Path, doubles: list[DoubledGraph], tokenizer: TinyTokenizer
+) -> None:
+    """Layers and lengths share what is compiled: a step after a block has left compiles nothing."""
+    prompt = torch.randint(3, 99, (300,)).tolist()
+    torch._dynamo.reset()
+    want = engine.generate(llama, tokenizer, prompt, 150, min_new_tokens=150)
+    got = compiling(llama_calibration).generate(llama, tokenizer, prompt, 20, min_new_tokens=20)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    got = compiling(llama_calibration).generate(llama, tokenizer, prompt, 150, min_new_tokens=150)
+    assert got["tokens"] == want["tokens"] and compiled > 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+    assert got["stats"]["decode_mode"] == "compiled CUDA graph" and got["stats"]["decode_reason"] is None and got["stats"]["decode_replays"] > 140
+
+
+def test_what_cannot_be_compiled_runs_as_a_graph(
+    engine: SpectralQuantEngine,
+    llama: PreTrainedModel,
+    llama_calibration: Path,
+    doubles: list[DoubledGraph],
+    tokenizer: TinyTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It may fail behind the first layer, whose token is counted by then."""
+
+    def broken(forward: Any) -> Any:
+        def run(**inputs: Any) -> Any:
+            forward(**inputs)
+            raise RuntimeError("no compiler\nmore")
+
+        return run
+
+    prompt = torch.randint(3, 99, (300,)).tolist()
+    want = engine.generate(llama, tokenizer, prompt, 40, min_new_tokens=40)
+    monkeypatch.setattr(decode_graph, "compile_forward", broken)
+    with caplog.at_level(logging.WARNING, "spectralquant"):
+        got = compiling(llama_calibration).generate(llama, tokenizer, prompt, 40, min_new_tokens=40)
+    assert got["tokens"] == want["tokens"] and got["stats"]["decode_mode"] == "CUDA graph"
+    assert got["stats"]["decode_reason"] == "torch.compile raised RuntimeError: no compiler" and caplog.text.count("no compiler") == 1
+
+
+def test_reports_say_why_steps_run_as_they_are(engine: SpectralQuantEngine, llama: PreTrainedModel, tokenizer: TinyTokenizer) -> None:
+    stats = engine.generate(llama, tokenizer, [5, 6, 7], 3)["stats"]
+    assert stats["decode_mode"] == "as it is" and "not on an NVIDIA GPU" in stats["decode_reason"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rows_beside_finished_ones_are_what_they_were(compiled: bool) -> None:
+    """Row 1 ends after a few steps, and what it holds is not read; the other rows' logits don't change, and none is NaN."""
+    engine, model = engine_on_gpu(torch.float32, compile_steps=compiled)
+    ids = torch.randint(3, 99, (3, 500), device="cuda")
+    out = []
+    for ends in ((), (150,)):
+        cache = engine.cache(model)
+        with torch.no_grad(), graphed_steps(model, cache, ends) as graph:
+            assert graph is not None
+            model(ids[:, :300], past_key_values=cache)
+            rows = []
+            for i in range(300, 480):
+                step = ids[:, i : i + 1].clone()
+                step[1] = 150 if i == 310 else step[1]
+                rows.append(model(input_ids=step, past_key_values=cache).logits.float())
+        out.append(torch.cat(rows, 1))
+    assert out[1].isfinite().all() and not torch.allclose(out[0][1, 30:], out[1][1, 30:], rtol=1e-3)
+    assert (out[0][[0, 2]] - out[1][[0, 2]]).norm() < 2e-3 * out[0][[0, 2]].norm()

@@ -245,9 +245,9 @@ class RefusedGraph(TapedGraph):
 
     refused = ""
 
-    def _repeat(self, kind: str, *args: Any) -> Any:
+    def repeat(self, kind: str, *args: Any) -> Any:
         self._refusing = kind == self.refused
-        return super()._repeat(kind, *args)
+        return super().repeat(kind, *args)
 
     def _capture(self, launch: Any, places: Any) -> Any:
         if self._refusing:

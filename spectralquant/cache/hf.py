@@ -29,6 +29,7 @@ class SpectralCache(DynamicCache):
     Attributes:
         prefix_ids: Token ids [1, T] of a prefix that this cache holds for any number of follow-ups, or None. `generate` of a model
             that an engine was applied to works on a copy of such a cache.
+        decode_report: How the steps of the last `generate` ran, a `decode_graph.DecodeReport`; None before.
 
     Raises:
         UnsupportedModelError: A calibrated layer does not grow in this model.
@@ -43,6 +44,7 @@ class SpectralCache(DynamicCache):
         Cache.__init__(self, layers=[coded_layer(layer, codecs[i], config) if i in codecs else layer for i, layer in enumerate(layers)])
         self.weights = weights
         self.prefix_ids: Tensor | None = None
+        self.decode_report: Any = None
 
     @property
     def coded_layers(self) -> list[SpectralLayer]:

@@ -1,5 +1,6 @@
 """Layers of a HuggingFace cache that are coded, for transformers 4.56 to 5.x. The interface moved between releases; each shim says which."""
 
+from collections.abc import Callable
 from copy import copy, deepcopy
 from typing import Any
 
@@ -14,9 +15,13 @@ from spectralquant.codec.codec import LayerCodec
 from spectralquant.codec.packed import LazyKV, plain_arithmetic, without_gradient
 from spectralquant.config import CacheConfig
 from spectralquant.errors import ConfigError
+from spectralquant.stopwatch import Stopwatch
 
 CANDIDATES = 128
 """Tokens of assisted decoding that may be refused at once without a trace in the cache. The window's buffer grows by as many when that many come."""
+
+
+_length_of: Callable[[Segment], int] = torch.compiler.disable(lambda segment: segment.length)  # pyright: ignore  # what is compiled serves all lengths
 
 
 class SpectralLayer(CacheLayerMixin):
@@ -34,6 +39,8 @@ class SpectralLayer(CacheLayerMixin):
         self.is_initialized = False  # the base class of 4.56 does not set it
         self.record_past = False  # whether candidates may be refused, see `activate_past_recording`
         self.stepping = False  # whether `update` takes one token per sequence for a CUDA graph, see `Segment.append`
+        self.seen: Tensor | None = None  # lengths that attention goes by in such a step, where they are not the segment's
+        self.watch: Stopwatch | None = None  # of packing
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         batch = key_states.shape[0]
@@ -44,7 +51,7 @@ class SpectralLayer(CacheLayerMixin):
                     raise ConfigError(f"the cache was told of {len(self.padding)} sequences and got a batch of {batch}")
                 start = self.padding.to(key_states.device).repeat_interleave(batch // len(self.padding))
             self.segment = Segment(self.codec, self.config, key_states, start)
-        self.segment.candidates = CANDIDATES if self.record_past else 0
+        self.segment.candidates, self.segment.watch = CANDIDATES if self.record_past else 0, self.watch
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -54,8 +61,8 @@ class SpectralLayer(CacheLayerMixin):
         if key_states.device != self.segment.records.device:
             self._follow(key_states.device)
         with plain_arithmetic(key_states.device):
-            append = self.segment.append if self.stepping else self.segment.update
-            view = append(key_states.detach(), value_states.detach())
+            keys, values = key_states.detach(), value_states.detach()
+            view = self.segment.append(keys, values, self.seen) if self.stepping else self.segment.update(keys, values)
         if view is None:
             return key_states, value_states
         key, value = without_gradient((LazyKV(view, "key"), LazyKV(view, "value")), (key_states, value_states))
@@ -85,7 +92,7 @@ class SpectralLayer(CacheLayerMixin):
         return use_kernels(self.codec, self.config, device)
 
     def get_seq_length(self, *args: Any) -> int:
-        return 0 if self.segment is None else self.segment.length
+        return 0 if self.segment is None else _length_of(self.segment)
 
     def get_mask_sizes(self, query_length: "int | Tensor") -> tuple[int, int]:
         if isinstance(query_length, Tensor):  # before 5.4: cache_position
@@ -141,7 +148,7 @@ CODED: dict[type, type[SpectralLayer]] = {DynamicLayer: SpectralLayer}
 
 _STATES = ("conv_states", "recurrent_states")
 """Tensors, or dicts of several in later releases; flags and sizes beside them differ as well."""
-_OF_ATTENTION = {"codec", "config", "segment", "padding", "record_past", "stepping", "keys", "values", "is_initialized"}
+_OF_ATTENTION = {"codec", "config", "segment", "padding", "record_past", "stepping", "seen", "watch", "keys", "values", "is_initialized"}
 
 if KEEPS_RECURRENT_STATES:
 

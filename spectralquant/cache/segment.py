@@ -14,18 +14,21 @@ use float16, or bfloat16 where calibration saw values within a factor 4 of float
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from spectralquant.backend import choose_for_feature, resolve_backend
 from spectralquant.cache import exact, exact_cuda
+from spectralquant.cache.append_cuda import append_token
 from spectralquant.codec.codec import LayerCodec
 from spectralquant.codec.layout import UNIT
 from spectralquant.codec.packed import PackedKV
 from spectralquant.codec.units import encode_units
 from spectralquant.config import CacheConfig
 from spectralquant.errors import BackendError, ShapeError
+from spectralquant.stopwatch import Stopwatch
 
 EXACT_AHEAD = 5
 """Exact tokens that a unit may bring (`max_exact_share` of 128)."""
@@ -45,6 +48,7 @@ class Segment:
         ahead: Units more than are needed that a store gets room for when it grows: what a CUDA graph reads should seldom move.
         encoded: The window's oldest block is in `records` already, as the unit after the last one that counts. Whoever launches `encode_block` sets it.
         chosen: What stays exact of that block.
+        watch: Takes the time of packing, where somebody wants to know it.
 
     Raises:
         ShapeError: `keys` has other heads or another head size than the codec.
@@ -63,6 +67,7 @@ class Segment:
         self.candidates = 0
         self.ahead = 0
         self.encoded = False
+        self.watch: Stopwatch | None = None
         self._padding: tuple[int, ...] | None = None
         self.lengths = torch.zeros((batch, 2), dtype=torch.int32, device=keys.device)  # units packed, tokens in the window
         self.packed = self.recent = 0  # tokens in the packed store and in the window
@@ -159,12 +164,13 @@ class Segment:
         """Pack the window's oldest block if it is due."""
         if self.tokens_left > 0:
             return
-        if not self.encoded:
-            self.reserve_unit()
-            self.encode_block()
-        self.reserve_exact(int(self.exact_need()))
-        self.store_block()
-        self.count_block()
+        with self._watched():
+            if not self.encoded:
+                self.reserve_unit()
+                self.encode_block()
+            self.reserve_exact(int(self.exact_need()))
+            self.store_block()
+            self.count_block()
 
     def encode_block(self) -> None:
         """Write the window's oldest 128 tokens as the unit after the last one that counts. Launches only; room is there (`reserve_unit`)."""
@@ -191,15 +197,20 @@ class Segment:
         """Note that the encoded block has left the window."""
         self.packed, self.recent, self.encoded = self.packed + UNIT, self.recent - UNIT, False
 
-    def append(self, keys: Tensor, values: Tensor) -> PackedKV:
+    def append(self, keys: Tensor, values: Tensor, seen: Tensor | None = None) -> PackedKV:
         """`update` with one token per sequence, keys and values [B, H, 1, D], in launches alone: the token goes where `lengths` says, and what attention
-        reads has the same addresses every time. The window has room; the host's counts follow by `count_step`."""
-        place = self.lengths[:1, 1].long()
-        self.recent_keys.index_copy_(2, place, keys.to(self.recent_keys.dtype))
-        self.recent_values.index_copy_(2, place, values.to(self.recent_values.dtype))
-        self.lengths[:, 1] += 1
+        reads has the same addresses every time. The window has room; the host's counts follow by `count_step`. `seen`: what the kernel reads in the place
+        of `lengths`."""
+        keys, values = (x.to(self.recent_keys.dtype) for x in (keys, values))
+        if self.encode_kernels:
+            append_token(keys, values, self.recent_keys, self.recent_values, self.lengths)
+        else:
+            place = self.lengths[:1, 1].long()
+            self.recent_keys.index_copy_(2, place, keys)
+            self.recent_values.index_copy_(2, place, values)
+            self.lengths[:, 1] += 1
         rows = self.recent_keys.shape[2] if self.kernels else self.recent + 1  # kernels read lengths, the reference reads shapes
-        return self._view(self.recent_keys[:, :, :rows], self.recent_values[:, :, :rows], self.lengths, causal=True)
+        return self._view(self.recent_keys[:, :, :rows], self.recent_values[:, :, :rows], self.lengths if seen is None else seen, causal=True)
 
     def count_step(self) -> None:
         """Note that the window has the token of one more `append`."""
@@ -222,18 +233,23 @@ class Segment:
         """Make keys and values, slots packed .., the window: pack all full blocks but the last `window` tokens."""
         count = keys.shape[-2]
         blocks = max(count - self.config.window - self.candidates, 0) // UNIT * UNIT
-        for first in range(0, blocks, self.tile_tokens):
-            last = min(first + self.tile_tokens, blocks)
-            self._pack(keys[:, :, first:last], values[:, :, first:last], reserve=blocks - first)
+        with self._watched():
+            for first in range(0, blocks, self.tile_tokens):
+                last = min(first + self.tile_tokens, blocks)
+                self._pack(keys[:, :, first:last], values[:, :, first:last], reserve=blocks - first)
         self._reserve_window(count - blocks)
         self.recent = count - blocks
         self.recent_keys[:, :, : self.recent] = keys[:, :, blocks:]
         self.recent_values[:, :, : self.recent] = values[:, :, blocks:]
-        self._write_lengths()
+        self.write_lengths()
 
-    def _write_lengths(self) -> None:
+    def write_lengths(self) -> None:
+        """Let the device count what the host counts: a step that failed on its way may have counted its token."""
         self.lengths[:, 0] = self.packed // UNIT
         self.lengths[:, 1] = self.recent
+
+    def _watched(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.watch is None else self.watch.running()
 
     def _pack(self, keys: Tensor, values: Tensor, reserve: int) -> None:
         """Pack slots packed .. packed + T - 1; T a multiple of 128. `reserve`: tokens still to come, this call's included."""
@@ -302,7 +318,7 @@ class Segment:
     def _keep(self, packed: int, recent: int) -> None:
         """Let `packed` tokens in the store and `recent` in the window count, and no others."""
         self.packed, self.recent, self.encoded = packed, recent, False
-        self._write_lengths()
+        self.write_lengths()
 
     def _drop_exact(self, first: int) -> None:
         """Forget exact tokens of slots from `first` on."""

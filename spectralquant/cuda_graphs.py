@@ -1,0 +1,109 @@
+"""Launches that are captured once as a CUDA graph and replayed, and numbers that come back from the device without a wait."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Places = tuple[tuple[int, torch.Size], ...]
+"""Addresses and shapes of tensors."""
+
+
+class CaptureError(Exception):
+    """Launches can't be captured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A graph, what its launches returned, and where the tensors are that they use."""
+
+    graph: torch.cuda.CUDAGraph
+    output: Any
+    places: Places
+
+
+def places_of(tensors: Iterable[Tensor]) -> Places:
+    return tuple((t.data_ptr(), t.shape) for t in tensors)
+
+
+class GraphSet:
+    """Graphs of several kinds that run one after another on a device and share memory.
+
+    Attributes:
+        captures, replays: How often each kind was captured and replayed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.captures: Counter[str] = Counter()
+        self.replays: Counter[str] = Counter()
+        self._stream = torch.cuda.Stream(device)  # of its own: what a launch keeps per stream is made before the capture
+        self._pool: Any = None  # memory of all graphs
+        self._captured: dict[str, Captured] = {}
+        self._ran: set[str] = set()
+
+    def repeat(self, kind: str, launch: Callable[[], Any], places: Places, settled: bool = True) -> Any:
+        """What `launch` returns: run as it is the first time, so that libraries and kernels are ready, and where it is not `settled`; then captured, and
+        replayed as long as the tensors that it uses stay at `places`.
+
+        Raises:
+            CaptureError: It can't be captured. Nothing was run.
+        """
+        found = self._captured.get(kind)
+        if found is None or found.places != places:
+            if kind not in self._ran or not settled:
+                out = self._run(launch)
+                self._ran.add(kind)
+                return out
+            found = self._captured[kind] = self._capture(launch, places)
+            self.captures[kind] += 1
+        found.graph.replay()
+        self.replays[kind] += 1
+        return found.output
+
+    def _run(self, launch: Callable[[], Any]) -> Any:
+        """`launch` without a graph, on the stream of the captures."""
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            out = launch()
+        current.wait_stream(self._stream)
+        return out
+
+    def _capture(self, launch: Callable[[], Any], places: Places) -> Captured:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # A capture that fails leaves its stream the current one; the outer block restores this one.
+            with torch.cuda.stream(torch.cuda.current_stream(self.device)), torch.cuda.graph(graph, self._pool, self._stream):
+                output = launch()
+        except RuntimeError as error:
+            raise CaptureError(str(error).splitlines()[0]) from error
+        self._pool = graph.pool()
+        return Captured(graph, output, places)
+
+
+class Readback:
+    """Integers that the device computes and the host reads some steps later, without a wait in between.
+
+    Attributes:
+        values: [n] int64 on the device.
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._device = device
+        self.values = torch.zeros(count, dtype=torch.int64, device=device)
+        self._copy = torch.zeros(count, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._arrived = torch.cuda.Event()
+
+    def send(self) -> None:
+        """Have `values` copied to the host once everything launched so far has run."""
+        self._copy.copy_(self.values, non_blocking=True)
+        self._arrived.record(torch.cuda.current_stream(self._device))
+
+    def read(self) -> list[int]:
+        """What was sent last."""
+        self._arrived.synchronize()
+        return self._copy.tolist()
