@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from spectralquant.cache.hf import SpectralCache
 from spectralquant.engine import SpectralQuantEngine
 from spectralquant.errors import ShapeError
+from spectralquant.memory import MemoryPlan
 
 
 class SpectralQuant:
@@ -96,6 +97,10 @@ class SpectralQuant:
     def compress_prefill(self, model: PreTrainedModel, tokenizer: Any, prompt: Any, *, add_special_tokens: bool = True) -> dict[str, Any]:
         """See `SpectralQuantEngine.compress_prefill`."""
         return self._engine.compress_prefill(model, tokenizer, prompt, add_special_tokens=add_special_tokens)
+
+    def memory_plan(self, model: PreTrainedModel, batch: int, context: int, new_tokens: int = 0, *, prefill_chunk_size: int | None = None) -> MemoryPlan:
+        """See `SpectralQuantEngine.memory_plan`."""
+        return self._engine.memory_plan(model, batch, context, new_tokens, prefill_chunk_size=prefill_chunk_size)
 
     def cache(self, model: PreTrainedModel) -> SpectralCache:
         """See `SpectralQuantEngine.cache`."""

@@ -26,6 +26,8 @@ from spectralquant.codec.quantizer import QUANTIZERS
 from spectralquant.config import CacheConfig, Dials, require_int
 from spectralquant.corpus import make_samples, token_budget
 from spectralquant.errors import CalibrationError, ConfigError, ShapeError, UnsupportedModelError
+from spectralquant.generation_options import sequences_each
+from spectralquant.memory import ForwardCost, MemoryPlan, Planner, bounded_memory, measure_forward
 from spectralquant.original_format import load_original, original_pair
 from spectralquant.presets import CompressionPreset, resolve_preset
 from spectralquant.profile import Profile, load_profile, with_suffix
@@ -88,6 +90,7 @@ class SpectralQuantEngine:
         self._codecs: dict[tuple[str, str], dict[int, LayerCodec]] = {}
         self._latest: str | None = None
         self._last_stats: dict[str, Any] = {}
+        self._forward_costs: dict[str, ForwardCost] = {}
 
     # Calibration ----------------------------------------------------------------------------------------------------
 
@@ -237,7 +240,15 @@ class SpectralQuantEngine:
     # Generation -----------------------------------------------------------------------------------------------------
 
     def generate(
-        self, model: Any, tokenizer: Any, prompt: Any, max_new_tokens: int = 200, *, add_special_tokens: bool = True, **generation: Any
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompt: Any,
+        max_new_tokens: int = 200,
+        *,
+        add_special_tokens: bool = True,
+        max_memory: int | str | None = None,
+        **generation: Any,
     ) -> dict[str, Any]:
         """Generate from a compressed cache.
 
@@ -246,17 +257,23 @@ class SpectralQuantEngine:
             prompt: A string, a list of strings (a left-padded batch), chat messages ([{"role":, "content":}, ...]), or token ids.
             max_new_tokens: 0 returns the prompt and no token.
             add_special_tokens: As in the tokenizer, for strings.
-            **generation: Any option of transformers' `generate`, `streamer` and `generation_config` included.
+            max_memory: Bytes that the cache may take ("12GB"), checked for the longest that the generation may become before anything is allocated.
+            **generation: Any option of transformers' `generate`, `streamer` and `generation_config` included; `prefill_chunk_size` bounds the memory that
+                a long prompt takes in the forward pass.
 
         Returns:
             {text, tokens, stats}: the new text and token ids (lists when `prompt` is a batch), and what was measured. `seconds` counts everything and
             is the sum of `prefill_seconds`, `compress_seconds` (packing, of the prompt and of blocks that leave the window later) and `decode_seconds`.
             `decode_mode` says how steps ran ("CUDA graph", "compiled CUDA graph", "as it is"), `decode_reason` why they did not run as graphs.
+
+        Raises:
+            MemoryLimitError: The cache would take more than `max_memory`, or the device's memory has run out.
         """
         count = require_int("max_new_tokens", max_new_tokens, 0)
         inputs = prompts.encode(tokenizer, prompt, add_special_tokens, model_device(model))
         self._calibrate_once(model, tokenizer)
-        with self.applied_to(model):
+        rows = len(inputs.ids) * sequences_each(model, generation)
+        with bounded_memory(self._planner(model), rows, inputs.ids.shape[1], count, max_memory), self.applied_to(model):
             cache = self.cache(model)
             sequences, clock = inputs.ids, GenerationClock(cache, model_device(model))
             if count:
@@ -271,6 +288,31 @@ class SpectralQuantEngine:
         stats = self._last_stats = {**self._stats(cache, made, times.seconds), **times.stats(made - len(tokens)), **_how_decoded(cache)}
         batch = inputs.batched or len(texts) > 1
         return {"text": texts if batch else texts[0], "tokens": tokens if batch else tokens[0], "stats": stats}
+
+    def memory_plan(self, model: PreTrainedModel, batch: int, context: int, new_tokens: int = 0, *, prefill_chunk_size: int | None = None) -> MemoryPlan:
+        """Bytes that a generation takes, part by part, before it is begun.
+
+        On an NVIDIA GPU `total` is what `torch.cuda.max_memory_allocated` will show. For that the model reads two short prompts, once.
+
+        Args:
+            model: Calibrated.
+            batch: Sequences: prompts times beams or samples of each.
+            context: Tokens of the longest prompt.
+            new_tokens: Tokens generated behind it.
+            prefill_chunk_size: As in transformers' `generate`: tokens of each prompt that go through the model at a time.
+        """
+        batch, context = require_int("batch", batch, 1), require_int("context", context, 1)
+        new_tokens = require_int("new_tokens", new_tokens, 0)
+        piece = None if prefill_chunk_size is None else require_int("prefill_chunk_size", prefill_chunk_size, 1)
+        weights = known_fingerprint(model)["weights"]
+        if weights not in self._forward_costs:
+            with self.applied_to(model):
+                self._forward_costs[weights] = measure_forward(model, lambda: self.cache(model))
+        return self._planner(model).plan(batch, context, new_tokens, self._forward_costs[weights], piece)
+
+    def _planner(self, model: PreTrainedModel) -> Planner:
+        shares = {i: layer.exact_share for i, layer in self._profile(model).layers.items()}
+        return Planner(model, self.profile_codec(model), shares, self.cache_config)
 
     def compress_prefill(self, model: PreTrainedModel, tokenizer: Any, prompt: Any, *, add_special_tokens: bool = True) -> dict[str, Any]:
         """Run a prompt once and keep its compressed cache for any number of follow-ups.

@@ -29,5 +29,9 @@ class GradientError(SpectralQuantError, RuntimeError):
     """A gradient was asked for that has to pass through packed keys and values."""
 
 
+class MemoryLimitError(SpectralQuantError, MemoryError):
+    """A generation does not fit the memory there is, or that it was given; the text says what it takes and what would fit."""
+
+
 class BackendError(SpectralQuantError, RuntimeError):
     """CUDA kernels were asked for and can't be built, loaded or launched here: no usable GPU, a missing package, a compile error."""

@@ -17,11 +17,10 @@ from spectralquant.cache.hf import SpectralCache, cache_argument
 from spectralquant.calibration.hf import known_fingerprint
 from spectralquant.decode_graph import graphed_steps
 from spectralquant.errors import ConfigError
+from spectralquant.generation_options import finishing_tokens, sequences_each
 
 CACHE_ARGUMENTS = ("past_key_values", "cache")
 """Names of the cache in `generate`: before transformers 5.24, and since."""
-_OTHER_SEARCH = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "penalty_alpha", "dola_layers", "constraints", "force_words_ids")
-"""Options of `generate` for other loops than greedy search, sampling and beams."""
 
 
 class Generate:
@@ -55,7 +54,7 @@ class Generate:
             raise
 
     def _run(self, inputs: Tensor | None, args: Any, kwargs: dict[str, Any], cache: SpectralCache) -> Any:
-        with graphed_steps(self.model, cache, self._ends(args, kwargs)):
+        with graphed_steps(self.model, cache, finishing_tokens(self.model, self._options(args, kwargs))):
             return self.original(inputs, *args, **cache_argument(self.model, cache), **kwargs)
 
     def _require_own(self, cache: SpectralCache) -> None:
@@ -71,7 +70,7 @@ class Generate:
             raise ConfigError("generate was given a cache and no input_ids; pass the new tokens, or the whole text")
         prefix = prefix.to(ids.device)
         batch, width = ids.shape[0], prefix.shape[1]
-        rows = batch * self._sequences_per_prompt(args, kwargs)
+        rows = batch * sequences_each(self.model, self._options(args, kwargs))
         if rows > 1:
             cache.batch_repeat_interleave(rows)
         whole = ids.shape[1] >= width and bool((ids[:, :width] == prefix).all())
@@ -92,23 +91,9 @@ class Generate:
         out.sequences = out.sequences[:, width:]
         return out
 
-    def _ends(self, args: Any, kwargs: dict[str, Any]) -> tuple[int, ...]:
-        """Ids of tokens that finish a row for sure: those of greedy search and sampling, where nothing else than a row's own end makes it go on or stop."""
-        if any(kwargs.get(name) for name in _OTHER_SEARCH) or self._option("num_beams", args, kwargs) > 1:
-            return ()
-        config = self._config(args, kwargs) or self.model.generation_config
-        ends = kwargs.get("eos_token_id", config.eos_token_id)
-        return () if ends is None else tuple(torch.as_tensor(ends).flatten().tolist())
-
-    def _config(self, args: Any, kwargs: dict[str, Any]) -> Any:
-        return kwargs.get("generation_config") or (args[0] if args else None)
-
-    def _option(self, name: str, args: Any, kwargs: dict[str, Any]) -> int:
-        return kwargs.get(name) or getattr(self._config(args, kwargs), name, None) or getattr(self.model.generation_config, name, None) or 1
-
-    def _sequences_per_prompt(self, args: Any, kwargs: dict[str, Any]) -> int:
-        """Rows that transformers makes of each prompt: beams, or samples."""
-        return max(self._option("num_beams", args, kwargs), self._option("num_return_sequences", args, kwargs))
+    def _options(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """`kwargs`, with a configuration that came by its place."""
+        return {"generation_config": args[0], **kwargs} if args else kwargs
 
 
 def install_generate(model: Any) -> None:

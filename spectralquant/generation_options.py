@@ -1,0 +1,27 @@
+"""Options of transformers' `generate`, where they come from: the call, the configuration that it was given, the model's own."""
+
+from typing import Any
+
+_OTHER_SEARCH = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "penalty_alpha", "dola_layers", "constraints", "force_words_ids")
+"""Options for other loops than greedy search, sampling and beams."""
+
+
+def sequences_each(model: Any, generation: dict[str, Any]) -> int:
+    """Rows that transformers makes of each prompt: beams, or samples."""
+    return max(_number(model, generation, "num_beams"), _number(model, generation, "num_return_sequences"))
+
+
+def finishing_tokens(model: Any, generation: dict[str, Any]) -> tuple[int, ...]:
+    """Ids of tokens that finish a row for sure: those of greedy search and sampling, where nothing but its own end makes a row stop before the others."""
+    if any(generation.get(name) for name in _OTHER_SEARCH) or _number(model, generation, "num_beams") > 1:
+        return ()
+    config = generation.get("generation_config") or model.generation_config
+    ends = generation.get("eos_token_id", config.eos_token_id)
+    if ends is None:
+        return ()
+    return tuple(ends.flatten().tolist()) if hasattr(ends, "tolist") else tuple(ends) if isinstance(ends, (list, tuple)) else (int(ends),)
+
+
+def _number(model: Any, generation: dict[str, Any], name: str) -> int:
+    own = generation.get("generation_config")
+    return generation.get(name) or getattr(own, name, None) or getattr(model.generation_config, name, None) or 1

@@ -1,0 +1,232 @@
+"""How much memory a generation takes, before anything is allocated.
+
+What the cache takes follows from the format: whole units of 128 tokens, room that stores have beyond what they hold, exact tokens at the rate that calibration
+saw (at most the preset's bound). What a forward pass takes besides is measured: two short prompts go through the model, and since all of its buffers grow in
+proportion to the tokens that are in it at once, a line through the two tells the rest.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from spectralquant.attention.tiles import TILE_TOKENS
+from spectralquant.cache.exact import EARLY
+from spectralquant.cache.hf import SpectralCache, cache_argument, dense_layers
+from spectralquant.cache.segment import EXACT_AHEAD
+from spectralquant.codec.codec import LayerCodec, codec_nbytes
+from spectralquant.codec.layout import UNIT
+from spectralquant.config import CacheConfig
+from spectralquant.decode_graph import AHEAD
+from spectralquant.errors import ConfigError, MemoryLimitError
+
+PROBE = (1024, 3072)
+"""Tokens of the two prompts that are measured."""
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of one generation on a device.
+
+    Attributes:
+        batch, context: Sequences, and tokens of each at the end.
+        weights: The model's parameters and buffers.
+        codec: Constants of the codec, shared by all caches of the model.
+        packed: Records: codes and gains.
+        exact: Exact tokens among them.
+        window: Recent tokens.
+        other: Layers that are not coded (sliding windows).
+        forward: Buffers of the largest forward pass, the prompt's or a piece's; 0 where it can't be measured (not on an NVIDIA GPU).
+        dense_cache: What a 16-bit cache of the same tokens takes.
+    """
+
+    batch: int
+    context: int
+    weights: int
+    codec: int
+    packed: int
+    exact: int
+    window: int
+    other: int
+    forward: int
+    dense_cache: int
+
+    @property
+    def cache(self) -> int:
+        """What grows with batch and context."""
+        return self.packed + self.exact + self.window + self.other
+
+    @property
+    def total(self) -> int:
+        """The peak that `torch.cuda.max_memory_allocated` will show."""
+        return self.weights + self.codec + self.cache + self.forward
+
+    @property
+    def ratio(self) -> float:
+        """16-bit cache / this one."""
+        return self.dense_cache / self.cache
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardCost:
+    """Bytes of the buffers of a forward pass over a prompt: `fixed`, and `per_token` of all sequences together."""
+
+    fixed: int
+    per_token: float
+
+    def of(self, tokens: int) -> int:
+        return round(self.fixed + self.per_token * tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """Plans for one model.
+
+    Attributes:
+        codecs: Layer index -> codec.
+        shares: Layer index -> share of the packed tokens that stays exact.
+        config: What stays exact besides.
+    """
+
+    model: PreTrainedModel
+    codecs: dict[int, LayerCodec]
+    shares: dict[int, float]
+    config: CacheConfig
+
+    def plan(self, batch: int, prompt: int, new_tokens: int, forward: ForwardCost | None = None, piece: int | None = None) -> MemoryPlan:
+        """Of one generation. `piece`: tokens of each prompt that go through the model at a time, None for all."""
+        at_once = min(prompt, piece or prompt)
+        buffers = 0 if forward is None else forward.of(batch * at_once)
+        if buffers and at_once < prompt:  # attention of later pieces decodes a tile of the earlier ones
+            buffers += 2 * self._vector_bytes(next(iter(self.codecs.values()))) * TILE_TOKENS
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*self.model.parameters(), *self.model.buffers())}
+        cache = self._cache(batch, prompt, new_tokens)
+        return MemoryPlan(batch, prompt + new_tokens, sum(storages.values()), codec_nbytes(self.codecs.values()), forward=buffers, **cache)
+
+    def _cache(self, batch: int, prompt: int, new_tokens: int) -> dict[str, int]:
+        packed, exact, window, other, dense = 0, 0, 0, 0, 0
+        ahead = AHEAD if self.model.device.type == "cuda" and self.config.cuda_graphs else 0
+        units, room = _units(prompt, new_tokens, self.config, ahead)
+        for i, codec in self.codecs.items():
+            share = min(self.shares.get(i, 0.0), codec.exact_bound, self.config.max_exact_share)
+            entries = self.config.sinks + EARLY * (share > 0) + int(share * units * UNIT) if units else 0
+            entries += ahead * EXACT_AHEAD * (room > units and share > 0)
+            both = 2 * self._vector_bytes(codec)
+            packed += batch * codec.key.encode_matrix.shape[0] * room * codec.layout.record_bytes
+            exact += batch * entries * (both + 4)
+            window += batch * (self.config.window + UNIT) * both
+            dense += batch * (prompt + new_tokens) * both
+        for i, layer in enumerate(dense_layers(self.model.config)):
+            if i not in self.codecs and getattr(layer, "sliding_window", None):
+                other += batch * min(int(layer.sliding_window), prompt + new_tokens) * 2 * self._vector_bytes(next(iter(self.codecs.values())))
+        return {"packed": packed, "exact": exact, "window": window, "other": other, "dense_cache": dense + other}
+
+    @staticmethod
+    def _vector_bytes(codec: LayerCodec) -> int:
+        """Of a token's keys, or values, in a layer and 16 bits."""
+        heads, dim = codec.key.encode_matrix.shape[:2]
+        return 2 * heads * dim
+
+
+def _units(prompt: int, new_tokens: int, config: CacheConfig, ahead: int) -> tuple[int, int]:
+    """Units packed at the end, and units that the store has room for by then: a prompt's fit, later ones make it grow as `Segment` does."""
+    units = room = max(prompt - config.window, 0) // UNIT
+    last = max(prompt + new_tokens - 1 - config.window, 0) // UNIT if new_tokens else units
+    for need in range(units + 1, last + 1):
+        if need > room:
+            room = max(need + ahead, room + room // 8)
+    return max(units, last), room
+
+
+def measure_forward(model: PreTrainedModel, make_cache: Callable[[], SpectralCache]) -> ForwardCost:
+    """The cost of a prompt in a forward pass, from two short ones. Zero where torch doesn't count memory. `make_cache()` gives an empty cache."""
+    if model.device.type != "cuda":
+        return ForwardCost(0, 0.0)
+    model_peaks = [_peak_beside_cache(model, make_cache(), tokens) for tokens in (PROBE[0], *PROBE)]  # what is made once is made by the first
+    per_token = (model_peaks[2] - model_peaks[1]) / (PROBE[1] - PROBE[0])
+    return ForwardCost(max(round(model_peaks[1] - per_token * PROBE[0]), 0), per_token)
+
+
+@torch.no_grad()
+def _peak_beside_cache(model: PreTrainedModel, cache: SpectralCache, tokens: int) -> int:
+    ids = torch.randint(0, model.config.get_text_config(decoder=True).vocab_size, (1, tokens), device=model.device)
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    torch.cuda.synchronize(model.device)
+    before = torch.cuda.memory_allocated(model.device)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    model(input_ids=ids, use_cache=True, **cache_argument(model, cache), **keep)
+    return torch.cuda.max_memory_allocated(model.device) - before - cache.nbytes
+
+
+@contextmanager
+def bounded_memory(planner: Planner, rows: int, prompt: int, new_tokens: int, max_memory: int | str | None) -> Iterator[None]:
+    """For the length of a generation: refuse it if its cache would take more than `max_memory`, and say what was needed where the device's memory runs out.
+
+    Raises:
+        MemoryLimitError: One of the two.
+        ConfigError: `max_memory` is no number of bytes.
+    """
+    if max_memory is not None:
+        _require_room(planner, planner.plan(rows, prompt, new_tokens), parse_bytes("max_memory", max_memory), prompt)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        plan = planner.plan(rows, prompt, new_tokens)
+        raise MemoryLimitError(
+            f"the device's memory has run out: the weights take {told_bytes(plan.weights)}, a cache of {rows} x {plan.context:,} tokens "
+            f"{told_bytes(plan.cache)}, the buffers of the forward pass what is beside. Use fewer sequences, shorter ones, or prefill_chunk_size=4096, so that "
+            "a long prompt needs smaller buffers; engine.memory_plan(model, batch, context) tells what fits. Engine and model are as they were"
+        ) from error
+
+
+def _require_room(planner: Planner, plan: MemoryPlan, limit: int, prompt: int) -> None:
+    if plan.cache <= limit:
+        return
+    batch = _largest(lambda n: planner.plan(n, prompt, plan.context - prompt).cache <= limit, plan.batch)
+    context = _largest(lambda n: planner.plan(plan.batch, min(n, prompt), max(n - prompt, 0)).cache <= limit, plan.context)
+    raise MemoryLimitError(
+        f"max_memory is {told_bytes(limit)}, and a cache of {plan.batch} x {plan.context:,} tokens takes {told_bytes(plan.cache)}; "
+        f"{batch} sequences of this length fit, or {context:,} tokens at this batch"
+    )
+
+
+def _largest(fits: Callable[[int], bool], high: int) -> int:
+    """The largest n in [0, high] that fits, where larger ones fit less."""
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def told_bytes(count: int) -> str:
+    """ "1.5 GB": decimal units."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"
+
+
+def parse_bytes(name: str, value: object) -> int:
+    """An int of bytes, or text as "12GB", "500 MB".
+
+    Raises:
+        ConfigError: It is neither, or not positive.
+    """
+    number: float | None = None
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    elif isinstance(value, str):
+        text = value.strip().lower().removesuffix("b").strip()
+        scale = _UNITS.get(text[-1:]) if text[-1:].isalpha() else 1
+        try:
+            number = float(text[:-1] if text[-1:].isalpha() else text) * scale if scale else None
+        except ValueError:
+            number = None
+    if number is None or not 0 < number < 2**63:
+        raise ConfigError(f"{name}={value!r}: expected a positive number of bytes, or text as '12GB'")
+    return int(number)
