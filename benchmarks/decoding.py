@@ -1,24 +1,37 @@
-"""Time to the first token and time per token of whole models, packed cache against transformers' own.
+"""What a user of a whole model sees: time to the first token, time per token, peak memory, largest batch and context, packed cache against transformers' own.
 
-    python benchmarks/decoding.py --out FILE [--shape NAME] [--context N] [--batch N] [--tokens N]
+    python benchmarks/decoding.py --out FILE [--shape NAME] [--suite NAME] [--memory GB]
 
 Models have random bfloat16 weights and the shapes of well-known ones: speed and memory do not depend on values. The codec is that of made-up spectra, with
-records of the usual size. Everything goes through `model.generate`, the whole step counts. One line is a context, a batch and a cache:
+records of the usual size. Everything goes through `model.generate`, so the whole step counts, transformers' own loop included. Caches:
 
 - `dynamic`: transformers' DynamicCache with `scaled_dot_product_attention`;
+- `static, compiled`: transformers' StaticCache, for which `generate` compiles the model and captures CUDA graphs;
+- `hqq, 4 bits`, `hqq, 2 bits`: transformers' QuantizedCache, where the package hqq is installed;
 - `packed`: this package, steps as CUDA graphs where the device can;
-- `packed, no graph`: the same without;
-- `packed, prompt in pieces`: the prompt comes 4,096 tokens at a time, so that later pieces attend to codes.
+- `packed, compiled`: the same with `CacheConfig(compile_steps=True)`;
+- `packed, no graph`: the same without graphs.
 
-`prefill_s` is the time of a generation of one token, `token_ms` that of every further one, `peak_bytes` the most memory that torch had in use beside the model.
+Suites, all by default:
+
+- `contexts`: one sequence, over contexts;
+- `batches`: 32,768 tokens each, over batches;
+- `largest`: the largest batch of 32,768 tokens each and the longest context of one sequence that `--memory` holds, by trial;
+- `prompt`: prompts of 2,048 and 32,768 tokens, read whole, and 32,768 in pieces of 4,096;
+- `peak`: the most memory beside the weights for 32,768 tokens x 12, read in pieces, and what `engine.memory_plan` says of packed caches.
+
+In all suites but the last two caches are filled with random keys and values, and `token_ms` is the mean of 160 tokens behind 32 that are not counted. Then
+captures and compilation are over; blocks that leave the window are counted.
 """
 
 import argparse
+import gc
 import platform
 import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +40,17 @@ import torch
 from attention import made_up_sides
 from calibration import command_line
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LogitsProcessor,
+    MistralConfig,
+    PretrainedConfig,
+    QuantizedCache,
+    Qwen2Config,
+    StaticCache,
+)
 
 from spectralquant.attention.hf import register
 from spectralquant.cache.hf import SpectralCache, cache_argument
@@ -36,13 +59,16 @@ from spectralquant.config import CacheConfig, Dials
 from spectralquant.errors import ConfigError
 from spectralquant.evaluation.runner import write_json
 from spectralquant.follow_up import install_generate
+from spectralquant.memory import MemoryPlan, Planner, measure_forward
 from spectralquant.presets import PRESETS
 from spectralquant.profile import Choices, LayerProfile, Profile
 from spectralquant.rope import Rotary
 
-PIECE = 4096
+PIECE, LONG, FILL = 4096, 32_768, 65_536
+WARM, TOKENS = 32, 160
 REPEATS = 3
 THETA = 500_000.0
+CONTEXTS, BATCHES = (512, 2048, 8192, 32_768, 131_072), (1, 8, 12)
 SHAPES: dict[str, PretrainedConfig] = {
     "qwen2.5-1.5b": Qwen2Config(
         vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
@@ -52,11 +78,19 @@ SHAPES: dict[str, PretrainedConfig] = {
         vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
         max_position_embeddings=131_072,
     ),
+    "mistral-7b": MistralConfig(
+        vocab_size=32_000, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        max_position_embeddings=32_768, sliding_window=None,
+    ),
     "tiny": LlamaConfig(
         vocab_size=199, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=131_072,
     ),
 }  # fmt: skip
+PACKED = {"packed": {}, "packed, compiled": {"compile_steps": True}, "packed, no graph": {"cuda_graphs": False}}
+HQQ = {"hqq, 4 bits": 4, "hqq, 2 bits": 2}
+KINDS = ("dynamic", "static, compiled", *HQQ, *PACKED)
+SUITES = ("contexts", "batches", "largest", "prompt", "peak")
 
 
 def made_up_profile(layers: int, heads: int, dim: int) -> Profile:
@@ -65,6 +99,20 @@ def made_up_profile(layers: int, heads: int, dim: int) -> Profile:
     rotary = Rotary(THETA ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)))
     layer = LayerProfile(key, value, torch.full((heads,), float(dim)), 10.0, rotary)
     return Profile(dict.fromkeys(range(layers), layer), Choices(exact_below=0.0, exact_error=0.0), {}, {})
+
+
+class Ticks(LogitsProcessor):
+    """Notes when tokens WARM and the last one are there."""
+
+    def __init__(self, wait: Callable[[], None], last: int) -> None:
+        self.wait, self.last, self.seen, self.times = wait, last, 0, []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if self.seen in (WARM, self.last):
+            self.wait()
+            self.times.append(time.perf_counter())
+        self.seen += 1
+        return scores
 
 
 class Bench:
@@ -76,51 +124,131 @@ class Bench:
         with torch.device(device):
             self.model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         install_generate(self.model)
-        dim = config.hidden_size // config.num_attention_heads
-        profile = made_up_profile(config.num_hidden_layers, config.num_key_value_heads, dim)
+        self.heads, self.dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        profile = made_up_profile(config.num_hidden_layers, self.heads, self.dim)
         self.codec: dict[int, LayerCodec] = build_codec(profile, PRESETS[preset], Dials(), device, "joint")
 
-    def cache(self, kind: str) -> Any:
-        self.model.set_attn_implementation("sdpa" if kind == "dynamic" else register())
-        if kind == "dynamic":
-            return DynamicCache(config=self.config)
-        return SpectralCache(self.config, self.codec, CacheConfig(cuda_graphs=kind != "packed, no graph"))
+    def cache(self, kind: str, room: int = 0) -> Any:
+        """An empty one; a static one has `room` for so many tokens."""
+        self.model.set_attn_implementation(register() if kind in PACKED else "sdpa")
+        if kind in PACKED:
+            return SpectralCache(self.config, self.codec, CacheConfig(**PACKED[kind]))
+        if kind in HQQ:
+            return QuantizedCache("hqq", self.config, nbits=HQQ[kind], axis_key=1, axis_value=1, q_group_size=64)
+        return StaticCache(config=self.config, max_cache_len=room) if kind == "static, compiled" else DynamicCache(config=self.config)
 
-    def generate(self, kind: str, ids: torch.Tensor, tokens: int) -> None:
-        cache = self.cache(kind)
-        if kind == "packed, prompt in pieces":
-            for first in range(0, ids.shape[1] - 1, PIECE):
-                piece = ids[:, first : min(first + PIECE, ids.shape[1] - 1)]
-                self.model.base_model(input_ids=piece, use_cache=True, **cache_argument(self.model, cache))
-        options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-        self.model.generate(ids, attention_mask=torch.ones_like(ids), **cache_argument(self.model, cache), **options)
+    def filled(self, kind: str, context: int, batch: int, room: int) -> Any:
+        """A cache of random keys and values. A packed one holds the same sequence `batch` times: it packs one."""
+        cache, rows, piece = self.cache(kind, room), 1 if kind in PACKED else batch, FILL if kind in PACKED else context
+        for first in range(0, context, piece):
+            for layer in range(self.config.num_hidden_layers):
+                shape = (2, rows, self.heads, min(piece, context - first), self.dim)
+                cache.update(*torch.randn(shape, device=self.device, dtype=torch.bfloat16), layer)
+        if rows < batch:
+            cache.batch_repeat_interleave(batch)
+        return cache
+
+    def generate(self, cache: Any, ids: torch.Tensor, tokens: int, **options: Any) -> None:
+        fixed = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+        self.model.generate(ids, attention_mask=torch.ones_like(ids), **cache_argument(self.model, cache), **fixed, **options)
+
+    def ids(self, batch: int, count: int) -> torch.Tensor:
+        make = torch.Generator().manual_seed(1)
+        return torch.randint(3, self.config.vocab_size - 1, (1, count), generator=make).to(self.device).expand(batch, -1)
+
+    def steps(self, kind: str, context: int, batch: int) -> dict[str, float]:
+        """Milliseconds per token, and tokens per second of all sequences, behind `context` tokens in the cache."""
+        torch._dynamo.reset()
+        self.reset_peak()
+        ticks = Ticks(self.wait, WARM + TOKENS)
+        cache = self.filled(kind, context, batch, context + WARM + TOKENS + 2)
+        self.generate(cache, self.ids(batch, context + 1), WARM + TOKENS + 1, logits_processor=[ticks])
+        seconds = (ticks.times[1] - ticks.times[0]) / TOKENS
+        row: dict[str, Any] = {"token_ms": seconds * 1e3, "tokens_per_s": batch / seconds, "peak_bytes": self.peak()}
+        return {**row, "cache_bytes": cache.nbytes, "mode": cache.decode_report.mode} if kind in PACKED else row
+
+    def prompt(self, kind: str, context: int, piece: int | None) -> dict[str, float]:
+        """Seconds of a generation of one token: the median of REPEATS behind one that is not counted."""
+        ids, options = self.ids(1, context), {"prefill_chunk_size": piece} if piece else {}
+        self.generate(self.cache(kind), ids, 1, **options)
+        self.reset_peak()
+        seconds = median(self.seconds(lambda: self.generate(self.cache(kind), ids, 1, **options)) for _ in range(REPEATS))
+        return {"prompt_s": seconds, "peak_bytes": self.peak()}
+
+    def peak_of(self, kind: str, context: int, batch: int, piece: int) -> dict[str, float]:
+        """The most memory beside the weights while a batch is read in pieces and goes on for some tokens."""
+        self.reset_peak()
+        seconds = self.seconds(lambda: self.generate(self.cache(kind), self.ids(batch, context), 8, prefill_chunk_size=piece))
+        row: dict[str, float] = {"seconds": seconds, "peak_bytes": self.peak()}
+        if kind in PACKED:
+            plan = self.plan(context, batch, 8, piece)
+            row |= {"planned_bytes": plan.total - plan.weights - plan.codec}
+        return row
+
+    def plan(self, context: int, batch: int, tokens: int, piece: int | None) -> MemoryPlan:
+        planner = Planner(self.model, self.codec, {}, CacheConfig())
+        forward = measure_forward(self.model, lambda: self.cache("packed"))
+        return planner.plan(batch, context, tokens, forward, piece)
 
     def seconds(self, call: Callable[[], None]) -> float:
-        self._wait()
+        self.wait()
         began = time.perf_counter()
         call()
-        self._wait()
+        self.wait()
         return time.perf_counter() - began
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def measure(self, kind: str, context: int, batch: int, tokens: int) -> dict[str, float]:
-        """One line's figures; the first generation of a kind, which loads kernels, is not counted."""
-        make = torch.Generator().manual_seed(1)
-        ids = torch.randint(3, self.config.vocab_size - 1, (batch, context), generator=make).to(self.device)
-        held = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
-        self.generate(kind, ids, 4)
+    def reset_peak(self) -> None:
+        gc.collect()
         if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            self.held = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-        first = median(self.seconds(lambda: self.generate(kind, ids, 1)) for _ in range(REPEATS))
-        whole = median(self.seconds(lambda: self.generate(kind, ids, 1 + tokens)) for _ in range(REPEATS))
-        peak = torch.cuda.max_memory_allocated(self.device) - held if self.device.type == "cuda" else 0
-        return {"prefill_s": first, "token_ms": (whole - first) / tokens * 1e3, "peak_bytes": peak}
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) - self.held if self.device.type == "cuda" else 0
+
+    def bytes_per_token(self, kind: str) -> float:
+        """Of a cache, for the first guess at the largest one."""
+        dense = 2 * 2 * self.heads * self.dim * self.config.num_hidden_layers
+        layout = next(iter(self.codec.values())).layout
+        return self.heads * self.config.num_hidden_layers * layout.record_bytes / 128 * 1.03 if kind in PACKED else dense
 
 
-KINDS = ("dynamic", "packed", "packed, no graph", "packed, prompt in pieces")
+def lines_of(suite: str, bench: Bench, kinds: tuple[str, ...], args: argparse.Namespace) -> list[tuple[dict[str, Any], Callable[[], dict[str, float]]]]:
+    """What a suite measures: a row's name, and what fills it."""
+    if suite == "contexts":
+        cases = [(kind, context, 1) for context in args.context for kind in kinds if context <= LONG or kind not in HQQ]
+        return [({"cache": k, "context": c, "batch": b}, lambda k=k, c=c, b=b: bench.steps(k, c, b)) for k, c, b in cases]
+    if suite == "batches":
+        cases = [(kind, args.long, batch) for batch in args.batch if batch > 1 for kind in kinds if kind in ("dynamic", "static, compiled", *PACKED)]
+        return [({"cache": k, "context": c, "batch": b}, lambda k=k, c=c, b=b: bench.steps(k, c, b)) for k, c, b in cases]
+    if suite == "largest":
+        found = [kind for kind in ("dynamic", "static, compiled", "packed, compiled") if kind in kinds]
+        return [({"cache": k, "grows": g}, lambda k=k, g=g: largest(bench, k, g, args.long, args.memory)) for g in ("batch", "context") for k in found]
+    found = [kind for kind in ("dynamic", "packed") if kind in kinds]
+    if suite == "prompt":
+        pieces = [(2048, None), (args.long, None), (args.long, PIECE)]
+        return [({"cache": k, "context": c, "piece": p}, lambda k=k, c=c, p=p: bench.prompt(k, c, p)) for c, p in pieces for k in found]
+    batch, piece = args.peak_batch, max(args.long // 64, 1)
+    row = {"context": args.long, "batch": batch, "piece": piece}
+    return [({"cache": k, **row}, lambda k=k: bench.peak_of(k, args.long, batch, piece)) for k in found]
+
+
+def largest(bench: Bench, kind: str, grows: str, context: int, memory: float) -> dict[str, float]:
+    """The largest batch or longest context that runs in `memory` bytes, from a guess that is sure to be too large downwards by 2 % or one sequence a try."""
+    room = memory - (torch.cuda.memory_allocated(bench.device) if bench.device.type == "cuda" else 0)
+    guess = int(room / bench.bytes_per_token(kind) / (context if grows == "batch" else 1))
+    while guess > 0:
+        batch, length = (guess, context) if grows == "batch" else (1, guess // 128 * 128)
+        try:
+            return {"batch": batch, "context": length, **bench.steps(kind, length, batch)}
+        except torch.OutOfMemoryError:
+            guess -= max(1, guess // 50)
+    return {"out_of_memory": True}
 
 
 @torch.no_grad()
@@ -128,20 +256,22 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda" and args.memory < torch.cuda.mem_get_info(device)[1]:
+        torch.cuda.set_per_process_memory_fraction(args.memory / torch.cuda.mem_get_info(device)[1], device)
+    kinds = tuple(kind for kind in args.kind or KINDS if kind not in HQQ or find_spec("hqq"))
     bench = Bench(SHAPES[args.shape], args.preset, device)
     document: dict[str, Any] = {
         "command": command_line("decoding", argv),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers")}},
-        "shape": args.shape, "preset": args.preset, "new_tokens": args.tokens, "rows": [],
+        "shape": args.shape, "preset": args.preset, "tokens": TOKENS, "memory_bytes": args.memory, "rows": [],
     }  # fmt: skip
-    lines = [(context, batch, kind) for context in args.context for batch in args.batch for kind in args.kind or KINDS]
-    for context, batch, kind in tqdm(lines, desc="decoding", unit="line"):
+    lines = [(suite, *line) for suite in args.suite or SUITES for line in lines_of(suite, bench, kinds, args)]
+    for suite, name, measure in tqdm(lines, desc="decoding", unit="line"):
         try:
-            row = {"context": context, "batch": batch, "cache": kind, **bench.measure(kind, context, batch, args.tokens)}
+            row = {"suite": suite, **name, **measure()}
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            row = {"context": context, "batch": batch, "cache": kind, "out_of_memory": True}
+            row = {"suite": suite, **name, "out_of_memory": True}
         document["rows"].append(row)
         tqdm.write(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
         write_json(args.out, document)
@@ -149,17 +279,20 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=list(SHAPES), default="qwen2.5-1.5b", help="whose shape the model has (default qwen2.5-1.5b)")
+    parser.add_argument("--shape", choices=list(SHAPES), default="llama-3.1-8b", help="whose shape the model has (default llama-3.1-8b)")
     parser.add_argument("--preset", choices=list(PRESETS), default="high")
-    parser.add_argument("--context", type=int, action="append", help="tokens of the prompt (may be repeated; default 2048 and 32768)")
-    parser.add_argument("--batch", type=int, action="append", help="sequences (may be repeated; default 1)")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens generated after the first (default 128)")
+    parser.add_argument("--suite", action="append", choices=SUITES, help="measure these alone (may be repeated)")
     parser.add_argument("--kind", action="append", choices=KINDS, help="measure these caches alone (may be repeated)")
+    parser.add_argument("--context", type=int, action="append", help=f"of the suite contexts (may be repeated; default {CONTEXTS})")
+    parser.add_argument("--batch", type=int, action="append", help=f"of the suite batches (may be repeated; default {BATCHES})")
+    parser.add_argument("--long", type=int, default=LONG, help=f"tokens of a long sequence (default {LONG})")
+    parser.add_argument("--peak-batch", type=int, default=12, help="sequences of the suite peak (default 12)")
+    parser.add_argument("--memory", type=float, default=80.0, metavar="GB", help="what the process may take of the device (default 80)")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="JSON, written after every line")
     args = parser.parse_args(argv)
-    args.context, args.batch = args.context or [2048, 32_768], args.batch or [1]
-    if min(*args.context, *args.batch, args.tokens) < 1:
-        raise ConfigError(f"--context {args.context}, --batch {args.batch}, --tokens {args.tokens}: expected positive numbers")
+    args.context, args.batch, args.memory = args.context or list(CONTEXTS), args.batch or list(BATCHES), args.memory * 1e9
+    if min(*args.context, *args.batch, args.long, args.peak_batch, args.memory) <= 0:
+        raise ConfigError("--context, --batch, --long, --peak-batch and --memory: expected positive numbers")
     return args
 
 

@@ -1,15 +1,11 @@
 """Launches that are captured once as a CUDA graph and replayed, and numbers that come back from the device without a wait."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
-Places = tuple[tuple[int, torch.Size], ...]
-"""Addresses and shapes of tensors."""
 
 
 class CaptureError(Exception):
@@ -18,15 +14,11 @@ class CaptureError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A graph, what its launches returned, and where the tensors are that they use."""
+    """A graph, what its launches returned, and what stood for the places of the tensors that they use."""
 
     graph: torch.cuda.CUDAGraph
     output: Any
-    places: Places
-
-
-def places_of(tensors: Iterable[Tensor]) -> Places:
-    return tuple((t.data_ptr(), t.shape) for t in tensors)
+    places: Any
 
 
 class GraphSet:
@@ -43,20 +35,20 @@ class GraphSet:
         self._stream = torch.cuda.Stream(device)  # of its own: what a launch keeps per stream is made before the capture
         self._pool: Any = None  # memory of all graphs
         self._captured: dict[str, Captured] = {}
-        self._ran: set[str] = set()
+        self._ran: Counter[str] = Counter()
 
-    def repeat(self, kind: str, launch: Callable[[], Any], places: Places, settled: bool = True) -> Any:
-        """What `launch` returns: run as it is the first time, so that libraries and kernels are ready, and where it is not `settled`; then captured, and
-        replayed as long as the tensors that it uses stay at `places`.
+    def repeat(self, kind: str, launch: Callable[[], Any], places: Any, settled: bool = True, runs: int = 1) -> Any:
+        """What `launch` returns: run as it is the first times (`runs`), so that libraries and kernels are ready, and where it is not `settled`; then captured,
+        and replayed as long as the tensors that it uses stay where they are. `places` stands for that: it is another value when one has moved.
 
         Raises:
             CaptureError: It can't be captured. Nothing was run.
         """
         found = self._captured.get(kind)
         if found is None or found.places != places:
-            if kind not in self._ran or not settled:
+            if self._ran[kind] < runs or not settled:
                 out = self._run(launch)
-                self._ran.add(kind)
+                self._ran[kind] += 1
                 return out
             found = self._captured[kind] = self._capture(launch, places)
             self.captures[kind] += 1
@@ -73,16 +65,23 @@ class GraphSet:
         current.wait_stream(self._stream)
         return out
 
-    def _capture(self, launch: Callable[[], Any], places: Places) -> Captured:
+    def _capture(self, launch: Callable[[], Any], places: Any) -> Captured:
         graph = torch.cuda.CUDAGraph()
         try:
             # A capture that fails leaves its stream the current one; the outer block restores this one.
             with torch.cuda.stream(torch.cuda.current_stream(self.device)), torch.cuda.graph(graph, self._pool, self._stream):
                 output = launch()
         except RuntimeError as error:
+            _end_random_capture(self.device)
             raise CaptureError(str(error).splitlines()[0]) from error
         self._pool = graph.pool()
         return Captured(graph, output, places)
+
+
+def _end_random_capture(device: torch.device) -> None:
+    """A capture that fails leaves torch's generator waiting for its end: random numbers would be errors from then on."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 class Readback:

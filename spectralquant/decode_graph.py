@@ -34,7 +34,7 @@ from spectralquant.cache.hf import SpectralCache
 from spectralquant.cache.layers import SpectralLayer
 from spectralquant.cache.segment import Segment
 from spectralquant.codec.packed import plain_arithmetic
-from spectralquant.cuda_graphs import CaptureError, GraphSet, Places, Readback, places_of
+from spectralquant.cuda_graphs import CaptureError, GraphSet, Readback
 
 _STATIC = ("input_ids", "position_ids", "cache_position")
 """Tensors that change from step to step and have the same shape each time."""
@@ -45,6 +45,8 @@ _TRIES = 4
 
 AHEAD = 8
 """Units of room beyond what is needed: buffers move every 1,024 tokens at most."""
+_COMPILED_RUNS = 3
+"""Runs of a compiled step before it is captured: the first compiles, the second what has turned out to differ from step to step."""
 LEAD = 8
 """Steps between the encoding of a block and its move out of the window: by then the host has the number that came out. Not more, because the store of
 codes grows at the first of the two."""
@@ -86,7 +88,7 @@ class DecodeGraph(GraphSet):
         self._seen: _SeenLengths | None = None
         self._inputs: dict[str, Tensor] = {}
         self._needs: Readback | None = None  # entries of the exact stores, once the blocks that are encoded have moved
-        self._places: Places = ()  # of the last step
+        self._places: Any = None  # of the last step
         self._moved = 0
         self._masked: bool | None = None  # whether the mask of this call hides more than left padding
         self._off = False
@@ -153,7 +155,7 @@ class DecodeGraph(GraphSet):
             for segment in segments:
                 segment.store_block()
 
-        self.repeat("store", launch, places_of(t for segment in segments for t in segment.tensors()))
+        self.repeat("store", launch, _moves(segments, True))
         for segment in segments:
             segment.count_block()
 
@@ -166,7 +168,7 @@ class DecodeGraph(GraphSet):
                 segment.encode_block()
             needs.values.copy_(torch.stack([segment.exact_need() for segment in segments]))
 
-        self.repeat("encode", launch, places_of(t for segment in segments for t in segment.encode_tensors()))
+        self.repeat("encode", launch, _moves(segments, False))
         needs.send()
         for segment in segments:
             segment.encoded = True
@@ -180,17 +182,17 @@ class DecodeGraph(GraphSet):
     def _step(self, inputs: dict[str, Any], segments: list[Segment]) -> Any:
         if self._ends is not None and self._seen is None:
             self._seen = _SeenLengths(self._ends, segments[0].lengths)
-        tensors = [*self._inputs.values(), *(t for segment in segments for t in segment.tensors())]
-        places = places_of(tensors)
+        places = [(name, t.data_ptr(), t.shape) for name, t in self._inputs.items()], _moves(segments, True)
         settled = places == self._places  # tables that follow the size of a store are made by a step that runs as it is
         self._places, self._moved = places, 0 if settled else self._moved + 1
         try:
-            out = self.repeat("step", lambda: self._launch(inputs, segments), places, settled)
+            out = self.repeat("step", lambda: self._launch(inputs, segments), places, settled, _COMPILED_RUNS if self._compiled else 1)
         except Exception as error:  # of dynamo, inductor, Triton or a compiler
             if self._compiled is None or isinstance(error, CaptureError):
                 raise
             self._compiled = None
             self._report(f"torch.compile raised {type(error).__name__}: {(str(error).splitlines() or ['nothing'])[0]}", "are not compiled", logging.WARNING)
+            self._ran.clear()
             for segment in segments:
                 segment.write_lengths()
             out = self.repeat("step", lambda: self._launch(inputs, segments), places, settled)
@@ -316,6 +318,11 @@ def find_obstacle(model: Any, cache: SpectralCache) -> str | None:
     if len({p.device for p in model.parameters()}) > 1:
         return "the model's weights are on several devices"
     return None
+
+
+def _moves(segments: list[Segment], exact: bool) -> int:
+    """How often tensors of the segments have moved, those of their exact stores among them or not."""
+    return sum(segment.moves + exact * segment.exact_moves for segment in segments)
 
 
 def _only_padding(mask: Any, segments: list[Segment]) -> bool:

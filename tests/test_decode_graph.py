@@ -346,6 +346,7 @@ def test_rows_beside_finished_ones_are_what_they_were(compiled: bool) -> None:
                 step = ids[:, i : i + 1].clone()
                 step[1] = 150 if i == 310 else step[1]
                 rows.append(model(input_ids=step, past_key_values=cache).logits.float())
+        assert graph.report().mode == ("compiled CUDA graph" if compiled else "CUDA graph") and graph.report().reason is None
         out.append(torch.cat(rows, 1))
     assert out[1].isfinite().all() and not torch.allclose(out[0][1, 30:], out[1][1, 30:], rtol=1e-3)
     assert (out[0][[0, 2]] - out[1][[0, 2]]).norm() < 2e-3 * out[0][[0, 2]].norm()

@@ -121,4 +121,4 @@ def test_the_peak_is_what_was_planned(batch: int, prompt: int, new: int) -> None
     before = torch.cuda.memory_allocated()
     model.generate(ids, past_key_values=cache, max_new_tokens=new + 1, min_new_tokens=new + 1, pad_token_id=0)
     got = torch.cuda.max_memory_allocated() - before
-    assert abs(plan.cache + plan.forward - got) < 0.15 * got  # a tiny model: what is made once counts
+    assert abs(plan.cache + plan.forward - got) < 0.05 * got + 32 * 2**20  # what libraries keep for the stream of graphs

@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from spectralquant.attention.dispatch import attend_packed, make_mask
+from spectralquant.attention.tiles import FLASH_DTYPES
 from spectralquant.codec.packed import LazyKV, plain_arithmetic, without_gradient
 from spectralquant.errors import ConfigError
 
@@ -122,10 +123,13 @@ def dense_attention(
 ) -> Tensor:
     """Full-precision attention, [B, Hq, Q, D]; with soft-cap and sink logits, which `sdpa` can't do."""
     groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = mask is None and bool(is_causal) and query.shape[2] > 1
+    flash = query.is_cuda and query.dtype in FLASH_DTYPES and mask is None
+    if flash and softcap is None and s_aux is None and not isinstance(key, LazyKV):  # it reads a KV head for its whole group
+        return nn.functional.scaled_dot_product_attention(query, key, value, None, dropout, causal, scale=scaling, enable_gqa=groups > 1)
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if softcap is None and s_aux is None:
         return nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scaling)
     scores = query.float() @ key.float().mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)

@@ -49,6 +49,7 @@ class Segment:
         encoded: The window's oldest block is in `records` already, as the unit after the last one that counts. Whoever launches `encode_block` sets it.
         chosen: What stays exact of that block.
         watch: Takes the time of packing, where somebody wants to know it.
+        moves, exact_moves: How often a tensor was replaced by another, one of the exact store or of the rest. As long as both stay, all are where they were.
 
     Raises:
         ShapeError: `keys` has other heads or another head size than the codec.
@@ -68,6 +69,7 @@ class Segment:
         self.ahead = 0
         self.encoded = False
         self.watch: Stopwatch | None = None
+        self.moves = self.exact_moves = 0
         self._padding: tuple[int, ...] | None = None
         self.lengths = torch.zeros((batch, 2), dtype=torch.int32, device=keys.device)  # units packed, tokens in the window
         self.packed = self.recent = 0  # tokens in the packed store and in the window
@@ -87,11 +89,8 @@ class Segment:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor whose storage this segment holds (the codec's constants are counted apart)."""
-        return [*self.encode_tensors(), self.exact_keys, self.exact_values, self.exact_slots]
-
-    def encode_tensors(self) -> list[Tensor]:
-        """Those that `encode_block` uses: all but the exact store."""
-        return [self.records, self.recent_keys, self.recent_values, self.start, self.lengths, self.secondary, self.chosen.tokens, self.chosen.secondary]
+        rest = [self.records, self.recent_keys, self.recent_values, self.start, self.lengths, self.secondary, self.chosen.tokens, self.chosen.secondary]
+        return [*rest, self.exact_keys, self.exact_values, self.exact_slots]
 
     def update(self, keys: Tensor, values: Tensor) -> PackedKV | None:
         """Append keys and values [B, H, T, D], or nothing of them where that fails.
@@ -149,6 +148,7 @@ class Segment:
         if need > self.recent_keys.shape[2]:
             size = self.config.window + UNIT + self.candidates
             self.recent_keys, self.recent_values = (_grow(t, 2, size, fill=0) for t in (self.recent_keys, self.recent_values))
+            self.moves += 1
 
     @property
     def tokens_left(self) -> int:
@@ -289,6 +289,7 @@ class Segment:
         if need > have:
             size = max(need + self.ahead, have + have // 8)
             self.records = _grow(self.records, 2, size, fill=0)
+            self.moves += 1
         return need > have
 
     def reserve_exact(self, need: int) -> None:
@@ -299,6 +300,7 @@ class Segment:
             self.exact_slots = _grow(self.exact_slots, 1, size, fill=-1)
             self.exact_keys = _grow(self.exact_keys, 2, size, fill=0)
             self.exact_values = _grow(self.exact_values, 2, size, fill=0)
+            self.exact_moves += 1
 
     def crop(self, length: int) -> None:
         """Keep the first `length` tokens. Tokens of a block that is cut go back to the window as their code says they are."""
@@ -328,6 +330,7 @@ class Segment:
         self.exact_slots = self.exact_slots.masked_fill(dropped, -1).gather(1, order)
         index = order[:, None, :, None].expand_as(self.exact_keys)
         self.exact_keys, self.exact_values = self.exact_keys.gather(2, index), self.exact_values.gather(2, index)
+        self.exact_moves += 1
 
     def map_batch(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn`, which picks rows of dimension 0 and returns new storage, to every tensor."""
@@ -335,6 +338,7 @@ class Segment:
         *chosen, self.exact_keys, self.exact_values, self.exact_slots = chosen_and_exact
         self.chosen = exact.ExactTokens(*chosen)
         self._padding = None
+        self.moves, self.exact_moves = self.moves + 1, self.exact_moves + 1
 
     def copy(self) -> "Segment":
         """An independent segment with the same content; the codec's constants are shared."""

@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,30 +12,69 @@ from spectralquant.errors import ConfigError
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch):
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     for name in ("attention", "calibration", "calibration_report", "decoding"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module("decoding")
+    module = importlib.import_module("decoding")
+    for name, value in {"PIECE": 200, "WARM": 2, "TOKENS": 3, "FILL": 300}.items():
+        monkeypatch.setattr(module, name, value)
+    return module
 
 
-def test_every_cache_is_measured(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "PIECE", 200)
+def run(script: Any, tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
     out = tmp_path / "decoding.json"
-    script.main(["--shape=tiny", "--context=400", "--batch=2", "--tokens=3", f"--out={out}"])
+    script.main(["--shape=tiny", "--context=400", "--batch=1", "--batch=2", "--long=700", "--peak-batch=2", f"--out={out}", *arguments])
     document = json.loads(out.read_text())
-    assert [row["cache"] for row in document["rows"]] == list(script.KINDS)
-    assert all(row["context"] == 400 and row["batch"] == 2 and row["prefill_s"] > 0 for row in document["rows"])
-    assert document["command"].endswith("--out=decoding.json")
+    assert "--out=decoding.json" in document["command"] and str(tmp_path) not in document["command"]
+    return document["rows"]
 
 
-def test_shapes_are_built_with_their_own_heads(script) -> None:
+def test_every_cache_and_suite_is_measured(script: Any, tmp_path: Path) -> None:
+    kinds = [f"--kind={kind}" for kind in ("dynamic", "static, compiled", "packed", "packed, no graph")]
+    rows = run(script, tmp_path, *kinds, "--memory=0.0008")
+    cases = {(r["suite"], r["cache"], r.get("context"), r.get("batch")) for r in rows}
+    for kind in ("dynamic", "static, compiled", "packed", "packed, no graph"):
+        assert {("contexts", kind, 400, 1), ("batches", kind, 700, 2)} <= cases
+    assert {("peak", "packed", 700, 2), ("prompt", "dynamic", 2048, None)} <= cases
+    assert all(r["token_ms"] > 0 for r in rows if r["suite"] in ("contexts", "batches", "largest"))
+    batch = {r["cache"]: r["batch"] for r in rows if r["suite"] == "largest" and r["grows"] == "batch"}
+    assert batch.keys() == {"dynamic", "static, compiled"} and min(batch.values()) > 0
+    (peak,) = (r for r in rows if r["suite"] == "peak" and r["cache"] == "packed")
+    assert peak["planned_bytes"] > 0
+
+
+def test_a_filled_cache_holds_what_was_asked_for(script: Any) -> None:
+    bench = script.Bench(script.SHAPES["tiny"], "high", script.torch.device("cpu"))
+    for kind in ("dynamic", "static, compiled", "packed"):
+        cache = bench.filled(kind, 1000, 3, 1100)
+        assert int(cache.get_seq_length()) == 1000
+    assert cache.coded_layers[1].segment.records.shape[0] == 3 and cache.coded_layers[1].segment.packed == 768
+
+
+@pytest.mark.parametrize("kind", ["hqq, 4 bits", "hqq, 2 bits"])
+def test_peers_are_measured_where_they_are_installed(script: Any, tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("hqq")
+    (row,) = run(script, tmp_path, "--suite=contexts", f"--kind={kind}")
+    assert row["token_ms"] > 0
+
+
+def test_what_does_not_fit_is_said(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> Any:
+        raise script.torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(script.Bench, "steps", full)
+    rows = run(script, tmp_path, "--suite=batches", "--suite=largest", "--kind=packed, compiled", "--memory=0.001")
+    assert rows and all(row["out_of_memory"] for row in rows)
+
+
+def test_shapes_are_built_with_their_own_heads(script: Any) -> None:
     for name, config in script.SHAPES.items():
         dim = config.hidden_size // config.num_attention_heads
         assert dim in (32, 128) and config.num_attention_heads % config.num_key_value_heads == 0, name
         assert {layer.heads for layer in script.made_up_profile(2, 2, dim).layers.values()} == {2}
 
 
-def test_numbers_are_checked(script, tmp_path: Path) -> None:
+def test_numbers_are_checked(script: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="positive"):
         script.main(["--shape=tiny", "--context=0", f"--out={tmp_path / 'x.json'}"])
