@@ -227,7 +227,7 @@ def lines_of(suite: str, bench: Bench, kinds: tuple[str, ...], args: argparse.Na
         cases = [(kind, args.long, batch) for batch in args.batch if batch > 1 for kind in kinds if kind in ("dynamic", "static, compiled", *PACKED)]
         return [({"cache": k, "context": c, "batch": b}, lambda k=k, c=c, b=b: bench.steps(k, c, b)) for k, c, b in cases]
     if suite == "largest":
-        found = [kind for kind in ("dynamic", "static, compiled", "packed, compiled") if kind in kinds]
+        found = [kind for kind in kinds if kind not in HQQ]
         return [({"cache": k, "grows": g}, lambda k=k, g=g: largest(bench, k, g, args.long, args.memory)) for g in ("batch", "context") for k in found]
     found = [kind for kind in ("dynamic", "packed") if kind in kinds]
     if suite == "prompt":

@@ -17,7 +17,7 @@ from spectralquant.cache.hf import SpectralCache, cache_argument
 from spectralquant.calibration.hf import known_fingerprint
 from spectralquant.decode_graph import graphed_steps
 from spectralquant.errors import ConfigError
-from spectralquant.generation_options import finishing_tokens, sequences_each
+from spectralquant.generation_options import finishing_tokens, last_length, sequences_each
 
 CACHE_ARGUMENTS = ("past_key_values", "cache")
 """Names of the cache in `generate`: before transformers 5.24, and since."""
@@ -54,7 +54,9 @@ class Generate:
             raise
 
     def _run(self, inputs: Tensor | None, args: Any, kwargs: dict[str, Any], cache: SpectralCache) -> Any:
-        with graphed_steps(self.model, cache, finishing_tokens(self.model, self._options(args, kwargs))):
+        options, ids = self._options(args, kwargs), kwargs.get("input_ids", inputs)
+        cache.expect(last_length(self.model, options, ids.shape[1]) if isinstance(ids, Tensor) else None)
+        with graphed_steps(self.model, cache, finishing_tokens(self.model, options)):
             return self.original(inputs, *args, **cache_argument(self.model, cache), **kwargs)
 
     def _require_own(self, cache: SpectralCache) -> None:

@@ -22,6 +22,16 @@ def finishing_tokens(model: Any, generation: dict[str, Any]) -> tuple[int, ...]:
     return tuple(ends.flatten().tolist()) if hasattr(ends, "tolist") else tuple(ends) if isinstance(ends, (list, tuple)) else (int(ends),)
 
 
+def last_length(model: Any, generation: dict[str, Any], prompt: int) -> int | None:
+    """Tokens that a row has at most when generation ends; None where no option says."""
+    for config in (generation, vars(generation.get("generation_config") or model.generation_config)):
+        if config.get("max_new_tokens"):
+            return prompt + int(config["max_new_tokens"])
+        if config.get("max_length"):
+            return int(config["max_length"])
+    return None
+
+
 def _number(model: Any, generation: dict[str, Any], name: str) -> int:
     own = generation.get("generation_config")
     return generation.get(name) or getattr(own, name, None) or getattr(model.generation_config, name, None) or 1

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from spectralquant.attention.tiles import TILE_TOKENS
 from spectralquant.cache.exact import EARLY
 from spectralquant.cache.hf import SpectralCache, cache_argument, dense_layers
-from spectralquant.cache.segment import EXACT_AHEAD
+from spectralquant.cache.segment import EXACT_AHEAD, grown_units
 from spectralquant.codec.codec import LayerCodec, codec_nbytes
 from spectralquant.codec.layout import UNIT
 from spectralquant.config import CacheConfig
@@ -138,7 +138,7 @@ def _units(prompt: int, new_tokens: int, config: CacheConfig, ahead: int) -> tup
     last = max(prompt + new_tokens - 1 - config.window, 0) // UNIT if new_tokens else units
     for need in range(units + 1, last + 1):
         if need > room:
-            room = max(need + ahead, room + room // 8)
+            room = grown_units(room, need, ahead, prompt + new_tokens)
     return max(units, last), room
 
 

@@ -18,6 +18,7 @@ from spectralquant.memory import ForwardCost, _largest, parse_bytes, told_bytes
 
 def filled(engine: SpectralQuantEngine, model: PreTrainedModel, batch: int, prompt: int, new: int) -> SpectralCache:
     cache, ids = engine.cache(model), torch.randint(3, 99, (batch, prompt + new), device=model.device)
+    cache.expect(prompt + new)
     with torch.no_grad():
         model(ids[:, :prompt], **cache_argument(model, cache))
         for i in range(prompt, prompt + new):

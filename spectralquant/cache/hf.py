@@ -96,6 +96,11 @@ class SpectralCache(DynamicCache):
         for layer in self.coded_layers:
             layer.padding = start
 
+    def expect(self, length: int | None) -> None:
+        """There will be `length` tokens at most, so stores need no room for more in advance; None: not known. `generate` says it."""
+        for layer in self.coded_layers:
+            layer.expect(length)
+
     def fill(self, dense: DynamicCache) -> None:
         """Take over the content of an uncompressed cache of the same model; this cache must be empty. Layers that are not coded are shared."""
         if self.get_seq_length():

@@ -41,6 +41,7 @@ class SpectralLayer(CacheLayerMixin):
         self.stepping = False  # whether `update` takes one token per sequence for a CUDA graph, see `Segment.append`
         self.seen: Tensor | None = None  # lengths that attention goes by in such a step, where they are not the segment's
         self.watch: Stopwatch | None = None  # of packing
+        self.expected: int | None = None  # tokens that there will be at most, see `Segment`
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         batch = key_states.shape[0]
@@ -52,6 +53,7 @@ class SpectralLayer(CacheLayerMixin):
                 start = self.padding.to(key_states.device).repeat_interleave(batch // len(self.padding))
             self.segment = Segment(self.codec, self.config, key_states, start)
         self.segment.candidates, self.segment.watch = CANDIDATES if self.record_past else 0, self.watch
+        self.segment.expected = self.expected
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -86,6 +88,12 @@ class SpectralLayer(CacheLayerMixin):
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
         return self.segment.tensors() if self.segment is not None else []
+
+    def expect(self, length: int | None) -> None:
+        """There will be `length` tokens at most; None: not known."""
+        self.expected = length
+        if self.segment is not None:
+            self.segment.expected = length
 
     def runs_kernels(self, device: torch.device) -> bool:
         """Whether attention over this layer on `device` is the fused kernel's."""
@@ -148,7 +156,7 @@ CODED: dict[type, type[SpectralLayer]] = {DynamicLayer: SpectralLayer}
 
 _STATES = ("conv_states", "recurrent_states")
 """Tensors, or dicts of several in later releases; flags and sizes beside them differ as well."""
-_OF_ATTENTION = {"codec", "config", "segment", "padding", "record_past", "stepping", "seen", "watch", "keys", "values", "is_initialized"}
+_OF_ATTENTION = {"codec", "config", "segment", "padding", "record_past", "stepping", "seen", "watch", "expected", "keys", "values", "is_initialized"}
 
 if KEEPS_RECURRENT_STATES:
 

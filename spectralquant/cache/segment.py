@@ -46,6 +46,7 @@ class Segment:
     Attributes:
         candidates: Tokens of an update that may be cropped right after it, so that no block with one of them is packed before the next update.
         ahead: Units more than are needed that a store gets room for when it grows: what a CUDA graph reads should seldom move.
+        expected: Tokens that there will be at most, where that is known: stores don't grow beyond them in advance.
         encoded: The window's oldest block is in `records` already, as the unit after the last one that counts. Whoever launches `encode_block` sets it.
         chosen: What stays exact of that block.
         watch: Takes the time of packing, where somebody wants to know it.
@@ -67,6 +68,7 @@ class Segment:
         self.encode_kernels = choose_for_feature("encoding", resolve_backend(config.backend, keys.device)).name == "cuda"
         self.candidates = 0
         self.ahead = 0
+        self.expected: int | None = None
         self.encoded = False
         self.watch: Stopwatch | None = None
         self.moves = self.exact_moves = 0
@@ -287,7 +289,7 @@ class Segment:
     def _reserve_units(self, need: int) -> bool:
         have = self.records.shape[2]
         if need > have:
-            size = max(need + self.ahead, have + have // 8)
+            size = grown_units(have, need, self.ahead, self.expected)
             self.records = _grow(self.records, 2, size, fill=0)
             self.moves += 1
         return need > have
@@ -356,6 +358,12 @@ def use_kernels(codec: LayerCodec, config: CacheConfig, device: torch.device) ->
             raise BackendError("backend='cuda' can't be used: quantizer='lloyd-max' has levels that no kernel reads; use 'joint' or 'uniform'")
         return False
     return choice.name == "cuda"
+
+
+def grown_units(have: int, need: int, ahead: int, expected: int | None) -> int:
+    """Units that a store with room for `have` gets room for when it needs `need`; see `Segment.ahead` and `expected`."""
+    more = have + have // 8
+    return max(need + ahead, more if expected is None else min(more, expected // UNIT))
 
 
 def _grow(tensor: Tensor, dim: int, size: int, fill: int) -> Tensor:

@@ -39,7 +39,7 @@ def test_every_cache_and_suite_is_measured(script: Any, tmp_path: Path) -> None:
     assert {("peak", "packed", 700, 2), ("prompt", "dynamic", 2048, None)} <= cases
     assert all(r["token_ms"] > 0 for r in rows if r["suite"] in ("contexts", "batches", "largest"))
     batch = {r["cache"]: r["batch"] for r in rows if r["suite"] == "largest" and r["grows"] == "batch"}
-    assert batch.keys() == {"dynamic", "static, compiled"} and min(batch.values()) > 0
+    assert batch.keys() == {"dynamic", "static, compiled", "packed", "packed, no graph"} and min(batch.values()) > 0
     (peak,) = (r for r in rows if r["suite"] == "peak" and r["cache"] == "packed")
     assert peak["planned_bytes"] > 0
 
@@ -78,3 +78,36 @@ def test_shapes_are_built_with_their_own_heads(script: Any) -> None:
 def test_numbers_are_checked(script: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="positive"):
         script.main(["--shape=tiny", "--context=0", f"--out={tmp_path / 'x.json'}"])
+
+
+@pytest.fixture
+def report(script: Any) -> Any:
+    sys.modules.pop("decoding_report", None)
+    return importlib.import_module("decoding_report")
+
+
+def test_results_become_tables_and_pictures(script: Any, report: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(script, tmp_path, "--kind=dynamic", "--kind=packed", "--memory=0.0008")
+    report.main([str(tmp_path / "decoding.json"), f"--images={tmp_path / 'new'}"])
+    text = capsys.readouterr().out
+    assert all(f"### {suite}" in text for suite in script.SUITES)
+    assert "| 400 | 1 | DynamicCache, FP16 |" in text and "| 700 | 2 | 10 | spectralquant |" in text
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"decoding-contexts.png", "decoding-batches.png"}
+
+
+def test_results_that_are_shown_are_read(report: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/performance.md's first row is that of the result file."""
+    root = Path(__file__).parents[2]
+    results = [str(root / "benchmarks" / "results" / f"decoding-{suite}-h200.json") for suite in ("contexts", "batches", "peers", "prompt")]
+    report.main([*results, f"--images={tmp_path}"])
+    assert "| 512 | 1 | spectralquant, steps compiled | 6.7 |" in capsys.readouterr().out
+    assert "| 512 | 7.2 ms | 8.1 ms | 6.7 ms |" in (root / "docs" / "performance.md").read_text()
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"rows": []}', '{"rows": [{"us": 3}]}'])
+def test_other_files_are_refused(report: Any, tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "x.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=r"x.json is no result of benchmarks/decoding.py"):
+        report.main([str(path)])
