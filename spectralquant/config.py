@@ -83,6 +83,9 @@ class CacheConfig:
             raise ConfigError(f"max_exact_share={self.max_exact_share!r} is out of range: expected 0 to 0.25")
         if self.backend not in BACKENDS:
             raise ConfigError(f"backend={self.backend!r}: expected one of {', '.join(BACKENDS)}")
+        for name in ("cuda_graphs", "compile_steps"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected True or False")
 
     def tile_on(self, device_type: str) -> int:
         """`tile_tokens`, or its default: short on a CPU, where a tile should stay in its caches, long where every operation is a launch."""

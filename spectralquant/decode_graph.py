@@ -320,9 +320,9 @@ def find_obstacle(model: Any, cache: SpectralCache) -> str | None:
     return None
 
 
-def _moves(segments: list[Segment], exact: bool) -> int:
-    """How often tensors of the segments have moved, those of their exact stores among them or not."""
-    return sum(segment.moves + exact * segment.exact_moves for segment in segments)
+def _moves(segments: list[Segment], exact: bool) -> tuple[int, ...]:
+    """Other numbers when a tensor of the segments has moved, one of their exact stores included or not."""
+    return tuple(n for segment in segments for n in ((segment.move, segment.exact_move) if exact else (segment.move,)))
 
 
 def _only_padding(mask: Any, segments: list[Segment]) -> bool:

@@ -56,8 +56,11 @@ class Generate:
     def _run(self, inputs: Tensor | None, args: Any, kwargs: dict[str, Any], cache: SpectralCache) -> Any:
         options, ids = self._options(args, kwargs), kwargs.get("input_ids", inputs)
         cache.expect(last_length(self.model, options, ids.shape[1]) if isinstance(ids, Tensor) else None)
-        with graphed_steps(self.model, cache, finishing_tokens(self.model, options)):
-            return self.original(inputs, *args, **cache_argument(self.model, cache), **kwargs)
+        try:
+            with graphed_steps(self.model, cache, finishing_tokens(self.model, options)):
+                return self.original(inputs, *args, **cache_argument(self.model, cache), **kwargs)
+        finally:
+            cache.expect(None)
 
     def _require_own(self, cache: SpectralCache) -> None:
         if cache.weights is not None and cache.weights != known_fingerprint(self.model)["weights"]:

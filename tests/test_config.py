@@ -61,6 +61,7 @@ def test_dials_rejects_out_of_range(dial: dict[str, Any]) -> None:
     [
         {"sinks": -1}, {"sinks": 65}, {"sinks": 1.5}, {"window": 0}, {"window": 65_537}, {"tile_tokens": 128}, {"tile_tokens": 300}, {"backend": "triton"},
         {"max_exact_share": -0.01}, {"max_exact_share": 0.26}, {"max_exact_share": float("nan")},
+        {"cuda_graphs": "no"}, {"compile_steps": 1},
     ],
     ids=str,
 )  # fmt: skip

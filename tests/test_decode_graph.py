@@ -58,6 +58,28 @@ def test_stores_that_grow_ahead_move_seldom(engine: SpectralQuantEngine) -> None
     assert len(places) <= 2 and segment.packed >= 512
 
 
+def test_moves_are_told_apart(engine: SpectralQuantEngine) -> None:
+    """Growth, copies, other rows and new segments; not what is written in place. Packing that touches no exact token does not wait for the exact store."""
+    segment, keys, values = segment_of(engine, 300)
+    seen = [(segment.move, segment.exact_move)]
+
+    def moved() -> tuple[bool, bool]:
+        seen.append((segment.move, segment.exact_move))
+        return seen[-1][0] != seen[-2][0], seen[-1][1] != seen[-2][1]
+
+    segment.append(keys[:, :, :1], values[:, :, :1])
+    segment.count_step()
+    assert moved() == (False, False)
+    segment.reserve_unit()
+    assert moved() == (True, False)
+    segment.reserve_exact(10_000)
+    assert moved() == (False, True)
+    segment.map_batch(torch.Tensor.clone)
+    assert moved() == (True, True)
+    numbers = [n for pair in seen for n in pair] + [n for s in (segment.copy(), segment_of(engine, 20)[0]) for n in (s.move, s.exact_move)]
+    assert len(set(numbers)) == len({*seen[0], seen[2][0], seen[3][1], *seen[4]}) + 4
+
+
 def test_only_padding(engine: SpectralQuantEngine) -> None:
     segments = [segment_of(engine, 20)[0]]
     mask = torch.ones(2, 21, dtype=torch.int64)

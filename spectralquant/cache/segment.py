@@ -13,6 +13,7 @@ Exact tokens are 16-bit, as in the FP16 cache this one replaces: models in float
 use float16, or bfloat16 where calibration saw values within a factor 4 of float16's range.
 """
 
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -30,6 +31,7 @@ from spectralquant.config import CacheConfig
 from spectralquant.errors import BackendError, ShapeError
 from spectralquant.stopwatch import Stopwatch
 
+_moves = itertools.count()
 EXACT_AHEAD = 5
 """Exact tokens that a unit may bring (`max_exact_share` of 128)."""
 
@@ -50,7 +52,8 @@ class Segment:
         encoded: The window's oldest block is in `records` already, as the unit after the last one that counts. Whoever launches `encode_block` sets it.
         chosen: What stays exact of that block.
         watch: Takes the time of packing, where somebody wants to know it.
-        moves, exact_moves: How often a tensor was replaced by another, one of the exact store or of the rest. As long as both stay, all are where they were.
+        move, exact_move: Numbers of the last moves, where a tensor was replaced by another: of the exact store, and of the rest. No two moves of any segments
+            have the same, so as long as both stay, all tensors are where they were.
 
     Raises:
         ShapeError: `keys` has other heads or another head size than the codec.
@@ -71,7 +74,7 @@ class Segment:
         self.expected: int | None = None
         self.encoded = False
         self.watch: Stopwatch | None = None
-        self.moves = self.exact_moves = 0
+        self.move, self.exact_move = next(_moves), next(_moves)
         self._padding: tuple[int, ...] | None = None
         self.lengths = torch.zeros((batch, 2), dtype=torch.int32, device=keys.device)  # units packed, tokens in the window
         self.packed = self.recent = 0  # tokens in the packed store and in the window
@@ -150,7 +153,7 @@ class Segment:
         if need > self.recent_keys.shape[2]:
             size = self.config.window + UNIT + self.candidates
             self.recent_keys, self.recent_values = (_grow(t, 2, size, fill=0) for t in (self.recent_keys, self.recent_values))
-            self.moves += 1
+            self.move = next(_moves)
 
     @property
     def tokens_left(self) -> int:
@@ -291,7 +294,7 @@ class Segment:
         if need > have:
             size = grown_units(have, need, self.ahead, self.expected)
             self.records = _grow(self.records, 2, size, fill=0)
-            self.moves += 1
+            self.move = next(_moves)
         return need > have
 
     def reserve_exact(self, need: int) -> None:
@@ -302,7 +305,7 @@ class Segment:
             self.exact_slots = _grow(self.exact_slots, 1, size, fill=-1)
             self.exact_keys = _grow(self.exact_keys, 2, size, fill=0)
             self.exact_values = _grow(self.exact_values, 2, size, fill=0)
-            self.exact_moves += 1
+            self.exact_move = next(_moves)
 
     def crop(self, length: int) -> None:
         """Keep the first `length` tokens. Tokens of a block that is cut go back to the window as their code says they are."""
@@ -332,7 +335,7 @@ class Segment:
         self.exact_slots = self.exact_slots.masked_fill(dropped, -1).gather(1, order)
         index = order[:, None, :, None].expand_as(self.exact_keys)
         self.exact_keys, self.exact_values = self.exact_keys.gather(2, index), self.exact_values.gather(2, index)
-        self.exact_moves += 1
+        self.exact_move = next(_moves)
 
     def map_batch(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply `fn`, which picks rows of dimension 0 and returns new storage, to every tensor."""
@@ -340,7 +343,7 @@ class Segment:
         *chosen, self.exact_keys, self.exact_values, self.exact_slots = chosen_and_exact
         self.chosen = exact.ExactTokens(*chosen)
         self._padding = None
-        self.moves, self.exact_moves = self.moves + 1, self.exact_moves + 1
+        self.move, self.exact_move = next(_moves), next(_moves)
 
     def copy(self) -> "Segment":
         """An independent segment with the same content; the codec's constants are shared."""
