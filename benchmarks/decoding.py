@@ -293,6 +293,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.context, args.batch, args.memory = args.context or list(CONTEXTS), args.batch or list(BATCHES), args.memory * 1e9
     if min(*args.context, *args.batch, args.long, args.peak_batch, args.memory) <= 0:
         raise ConfigError("--context, --batch, --long, --peak-batch and --memory: expected positive numbers")
+    if not args.out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {args.out}: there is no folder {args.out.parent}; make it first")
     return args
 
 

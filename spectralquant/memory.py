@@ -190,7 +190,7 @@ def _require_room(planner: Planner, plan: MemoryPlan, limit: int, prompt: int) -
     context = _largest(lambda n: planner.plan(plan.batch, min(n, prompt), max(n - prompt, 0)).cache <= limit, plan.context)
     raise MemoryLimitError(
         f"max_memory is {told_bytes(limit)}, and a cache of {plan.batch} x {plan.context:,} tokens takes {told_bytes(plan.cache)}; "
-        f"{batch} sequences of this length fit, or {context:,} tokens at this batch"
+        f"{batch} x {plan.context:,} tokens would fit, or {plan.batch} x {context:,}"
     )
 
 

@@ -63,7 +63,7 @@ def test_a_limit_is_kept_before_anything_is_allocated(
     need = quant.memory_plan(llama, 2, 300, 400).cache
     assert quant.generate(llama, tokenizer, prompts, max_new_tokens=400, max_memory=need)["stats"]["compressed_bytes"] <= need * 1.05
     monkeypatch.setattr(quant.engine, "cache", lambda model: pytest.fail("a cache was made"))
-    with pytest.raises(MemoryLimitError, match=r"a cache of 2 x 700 tokens takes .*; 1 sequences of this length fit, or [1-6]\d\d tokens at this batch"):
+    with pytest.raises(MemoryLimitError, match=r"a cache of 2 x 700 tokens takes .*; 1 x 700 tokens would fit, or 2 x [1-6]\d\d"):
         quant.generate(llama, tokenizer, prompts, max_new_tokens=400, max_memory=need - 1)
     with pytest.raises(MemoryLimitError, match="of 4 x 700"):
         quant.generate(llama, tokenizer, prompts, max_new_tokens=400, max_memory=need, num_beams=2)

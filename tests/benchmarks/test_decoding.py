@@ -80,6 +80,11 @@ def test_numbers_are_checked(script: Any, tmp_path: Path) -> None:
         script.main(["--shape=tiny", "--context=0", f"--out={tmp_path / 'x.json'}"])
 
 
+def test_the_folder_of_results_is_checked_first(script: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no folder"):
+        script.main(["--shape=tiny", f"--out={tmp_path / 'missing' / 'x.json'}"])
+
+
 @pytest.fixture
 def report(script: Any) -> Any:
     sys.modules.pop("decoding_report", None)
