@@ -30,8 +30,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from spectralquant.attention.hf import register
-from spectralquant.cache.hf import SpectralCache, cache_argument
+from spectralquant.cache.hf import SpectralCache
 from spectralquant.codec.codec import LayerCodec, build_codec
+from spectralquant.compat import cache_argument
 from spectralquant.config import CacheConfig, Dials
 from spectralquant.errors import ConfigError
 from spectralquant.evaluation.runner import write_json

@@ -11,9 +11,9 @@ from model_families import FAMILIES, WINDOW, Prepared, prepare
 from transformers import __version__
 
 from spectralquant.attention import hf
-from spectralquant.cache.hf import cache_argument
 from spectralquant.cache.layers import SpectralLayer
 from spectralquant.codec.packed import PackedKV
+from spectralquant.compat import cache_argument
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
 PROMPT = 400

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from spectralquant import SpectralQuantEngine
-from spectralquant.cache.hf import SpectralCache, cache_argument
+from spectralquant.cache.hf import SpectralCache
+from spectralquant.compat import cache_argument
 from spectralquant.config import CacheConfig
 from spectralquant.corpus import get_default_calibration_texts
 

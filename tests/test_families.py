@@ -10,9 +10,10 @@ from models_table import DOCUMENT, render
 from packaging.version import Version
 from transformers import DynamicCache, __version__
 
-from spectralquant.cache.hf import SpectralCache, cache_argument
-from spectralquant.cache.layers import KEEPS_RECURRENT_STATES, SpectralLayer
+from spectralquant.cache.hf import SpectralCache
+from spectralquant.cache.layers import SpectralLayer
 from spectralquant.codec.layout import UNIT
+from spectralquant.compat import KEEPS_RECURRENT_STATES, cache_argument
 from spectralquant.errors import SpectralQuantError
 
 REFUSED = {
