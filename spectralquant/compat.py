@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, __version__, cache_utils
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 INSTALLED = f"transformers {__version__}"
 
@@ -17,6 +17,22 @@ def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
     """`cache` under the name that this model's `forward` takes it by."""
     before, since = CACHE_ARGUMENTS
     return {since if since in inspect.signature(model.forward).parameters else before: cache}
+
+
+def reset_layer(layer: Any) -> None:
+    """Empty `layer`; transformers' own that grow keep zeros at `reset`, before 5.24."""
+    layer.reset()
+    if isinstance(layer, DynamicLayer):
+        layer.keys, layer.values, layer.is_initialized = None, None, False
+
+
+def fitted_mask(mask: Tensor | None, keys: int) -> Tensor | None:
+    """`mask` [..., T] without what is beyond the keys: StableLM of 5.0 has a column too many, which transformers' own attention cuts off."""
+    return mask[..., :keys] if mask is not None and mask.shape[-1] > keys else mask
+
+
+UNCROPPABLE = (NotImplementedError, RuntimeError, ValueError)
+"""What layers of transformers raise that can't be cropped; ValueError before 5.15."""
 
 
 class LayerInterface(CacheLayerMixin):

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from spectralquant.cache.layers import CODED, SpectralLayer, coded_layer, has_states
 from spectralquant.codec.codec import LayerCodec, codec_nbytes
 from spectralquant.codec.packed import plain_arithmetic
-from spectralquant.compat import INSTALLED, KEEPS_RECURRENT_STATES, STATES_SINCE, placeholders
+from spectralquant.compat import INSTALLED, KEEPS_RECURRENT_STATES, STATES_SINCE, UNCROPPABLE, placeholders, reset_layer
 from spectralquant.config import CacheConfig
 from spectralquant.errors import ConfigError, ShapeError, UnsupportedModelError
 
@@ -69,6 +69,11 @@ class SpectralCache(DynamicCache):
                 raise ConfigError(f"layer {layer_idx} holds {held} tokens, others {others}: a forward pass was interrupted; call cache.roll_back(length)")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def reset(self) -> None:
+        """Drop all tokens."""
+        for layer in self.layers:
+            reset_layer(layer)
+
     def roll_back(self, length: int) -> None:
         """Go back to the first `length` tokens, from whatever state a forward pass that failed has left. Layers whose window has slid on can't: then
         the cache is empty afterwards, and the next `generate` reads the whole text anew."""
@@ -79,7 +84,7 @@ class SpectralCache(DynamicCache):
                 if layer.get_seq_length() > length:
                     layer.crop(length - layer.get_seq_length())
                 whole = whole and layer.get_seq_length() == length
-        except (NotImplementedError, RuntimeError):  # what transformers' layers raise that can't be cropped
+        except UNCROPPABLE:
             whole = False
         if not whole:
             self.reset()
