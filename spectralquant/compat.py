@@ -20,7 +20,7 @@ def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
 
 
 def reset_layer(layer: Any) -> None:
-    """Empty `layer`; transformers' own that grow keep zeros at `reset`, before 5.24."""
+    """Empty `layer`; transformers' own that grow keep zeros at `reset`, before 5.18."""
     layer.reset()
     if isinstance(layer, DynamicLayer):
         layer.keys, layer.values, layer.is_initialized = None, None, False
