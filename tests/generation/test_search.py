@@ -183,6 +183,8 @@ def assistant_of(pair: Pair) -> PreTrainedModel:
 @pytest.mark.parametrize("window", [1, 128])
 def test_assisted(pair: Pair, window: int) -> None:
     needs_windows_that_go_back(pair)
+    if has_window(pair):
+        skip_before("5.18", "masks an assistant's sliding window wrongly after refusals", since="5.16")
     prompt, assistant = tokens(500), assistant_of(pair)
     out = pair.generate(prompt, pair.cache(window=window), assistant_model=assistant, max_new_tokens=40)
     pair.require_greedy(out, 500)
