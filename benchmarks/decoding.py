@@ -53,8 +53,9 @@ from transformers import (
 )
 
 from spectralquant.attention.hf import register
-from spectralquant.cache.hf import SpectralCache, cache_argument
+from spectralquant.cache.hf import SpectralCache
 from spectralquant.codec.codec import LayerCodec, build_codec
+from spectralquant.compat import cache_argument
 from spectralquant.config import CacheConfig, Dials
 from spectralquant.errors import ConfigError
 from spectralquant.evaluation.runner import write_json

@@ -20,8 +20,8 @@ from calibration import command_line
 from transformers import DynamicCache
 
 from spectralquant import SpectralQuantEngine
-from spectralquant.cache.hf import cache_argument
 from spectralquant.cli.models import load_model
+from spectralquant.compat import cache_argument
 from spectralquant.presets import PRESETS
 from spectralquant.profile import with_suffix
 

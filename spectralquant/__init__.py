@@ -10,6 +10,7 @@ from spectralquant.presets import PRESETS as PRESETS
 from spectralquant.presets import CompressionPreset as CompressionPreset
 from spectralquant.presets import describe_presets as describe_presets
 from spectralquant.presets import resolve_preset as resolve_preset
+from spectralquant.requirements import require_transformers
 
 if TYPE_CHECKING:
     from spectralquant.api import SpectralQuant as SpectralQuant
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     DEFAULT_CALIBRATION_TEXTS: list[str]
 
 from spectralquant.version import __version__ as __version__
+
+require_transformers()
 
 _LAZY = {
     "SpectralQuant": "spectralquant.api",

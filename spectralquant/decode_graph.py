@@ -34,12 +34,12 @@ from spectralquant.cache.hf import SpectralCache
 from spectralquant.cache.layers import SpectralLayer
 from spectralquant.cache.segment import Segment
 from spectralquant.codec.packed import plain_arithmetic
+from spectralquant.compat import CACHE_ARGUMENTS
 from spectralquant.cuda_graphs import CaptureError, GraphSet, Readback
 
 _STATIC = ("input_ids", "position_ids", "cache_position")
 """Tensors that change from step to step and have the same shape each time."""
-_CACHES = ("past_key_values", "cache")
-_ALLOWED = {*_STATIC, *_CACHES, "attention_mask", "use_cache", "return_dict", "logits_to_keep", "output_attentions", "output_hidden_states"}
+_ALLOWED = {*_STATIC, *CACHE_ARGUMENTS, "attention_mask", "use_cache", "return_dict", "logits_to_keep", "output_attentions", "output_hidden_states"}
 _TRIES = 4
 """Steps in a row whose buffers have moved, as under beam search, after which steps run as they are."""
 
@@ -282,7 +282,7 @@ def graphed_steps(model: Any, cache: SpectralCache, ends: tuple[int, ...] = ()) 
     @wraps(forward)
     def stepped(*args: Any, **inputs: Any) -> Any:
         for mine in active:
-            if not args and any(inputs.get(name) is mine.cache for name in _CACHES) and mine.takes(inputs):
+            if not args and any(inputs.get(name) is mine.cache for name in CACHE_ARGUMENTS) and mine.takes(inputs):
                 return mine.step(inputs)
         return forward(*args, **inputs)
 

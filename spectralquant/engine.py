@@ -17,12 +17,13 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from spectralquant import application, prompts
-from spectralquant.cache.hf import SpectralCache, cache_argument, coded_layer_indices, layer_devices, model_device
+from spectralquant.cache.hf import SpectralCache, coded_layer_indices, layer_devices, model_device
 from spectralquant.calibration.hf import collect, known_fingerprint, unwrapped
 from spectralquant.clock import GenerationClock
 from spectralquant.codec.budget import require_head_dim, semantic_size
 from spectralquant.codec.codec import LayerCodec, build_codec, place_codecs
 from spectralquant.codec.quantizer import QUANTIZERS
+from spectralquant.compat import cache_argument, layer_config
 from spectralquant.config import CacheConfig, Dials, require_int
 from spectralquant.corpus import make_samples, token_budget
 from spectralquant.errors import CalibrationError, ConfigError, ShapeError, UnsupportedModelError
@@ -173,7 +174,7 @@ class SpectralQuantEngine:
         """Raise what speaks against `model`, as far as its configuration tells."""
         text = model.config.get_text_config(decoder=True)
         for index in coded_layer_indices(model):
-            layer = text.per_layer_config[index] if hasattr(text, "per_layer_config") else text  # layers that differ, since transformers 5
+            layer = layer_config(text, index)
             dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
             if self.head_dim is not None and self.head_dim != dim:
                 raise ShapeError(f"head_dim={self.head_dim} was asked for, the model's heads have {dim}; leave head_dim out")

@@ -25,6 +25,10 @@ class UnsupportedModelError(SpectralQuantError, NotImplementedError):
     """The model has nothing this package can compress, or a layer it can't be right about; the text names it."""
 
 
+class DependencyError(SpectralQuantError, ImportError):
+    """A package that this one needs is installed in a release that is too old."""
+
+
 class GradientError(SpectralQuantError, RuntimeError):
     """A gradient was asked for that has to pass through packed keys and values."""
 

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spectralquant.cache.hf import SpectralCache, cache_argument
+from spectralquant.cache.hf import SpectralCache
 from spectralquant.calibration.hf import known_fingerprint
+from spectralquant.compat import CACHE_ARGUMENTS, cache_argument
 from spectralquant.decode_graph import graphed_steps
 from spectralquant.errors import ConfigError
 from spectralquant.generation_options import finishing_tokens, last_length, sequences_each
-
-CACHE_ARGUMENTS = ("past_key_values", "cache")
-"""Names of the cache in `generate`: before transformers 5.24, and since."""
 
 
 class Generate:

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from spectralquant.attention.tiles import TILE_TOKENS
 from spectralquant.cache.exact import EARLY
-from spectralquant.cache.hf import SpectralCache, cache_argument, dense_layers
+from spectralquant.cache.hf import SpectralCache, dense_layers
 from spectralquant.cache.segment import EXACT_AHEAD, grown_units
 from spectralquant.codec.codec import LayerCodec, codec_nbytes
 from spectralquant.codec.layout import UNIT
+from spectralquant.compat import cache_argument
 from spectralquant.config import CacheConfig
 from spectralquant.decode_graph import AHEAD
 from spectralquant.errors import ConfigError, MemoryLimitError

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from spectralquant.cache.hf import SpectralCache, cache_argument
+from spectralquant.cache.hf import SpectralCache
 from spectralquant.calibration.fit import fit_profile
 from spectralquant.calibration.hf import ModelStatistics
 from spectralquant.calibration.mass import Asked, QueryRecorder, missing_mass
@@ -27,6 +27,7 @@ from spectralquant.calibration.recording import recording
 from spectralquant.codec.codec import build_codec
 from spectralquant.codec.layout import UNIT
 from spectralquant.codec.quantizer import EPS, scalar_of
+from spectralquant.compat import cache_argument
 from spectralquant.config import CacheConfig, Dials
 from spectralquant.errors import CalibrationError, ConfigError, UnsupportedModelError
 from spectralquant.presets import CompressionPreset

@@ -9,10 +9,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from spectralquant import SpectralQuantEngine
-from spectralquant.cache.hf import SpectralCache, cache_argument
+from spectralquant.cache.hf import SpectralCache
+from spectralquant.compat import cache_argument
 from spectralquant.config import CacheConfig
 from spectralquant.corpus import get_default_calibration_texts
 
+NO_END = 199
+"""A token outside of the vocabulary that ends no text; some releases' prompt lookup takes no None."""
 NEAR = 0.03
 """Relative norm of the logits' error with 8-bit codes: the models are random with large weights, which amplify what a code changes."""
 
@@ -59,7 +62,7 @@ class Pair:
 
     def generate(self, prompt: Tensor, cache: SpectralCache | None = None, **options: Any) -> Any:
         """`generate` with `cache`, None for the uncompressed one."""
-        defaults = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        defaults = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": NO_END, "pad_token_id": 0}
         given = {} if cache is None else {"past_key_values": cache}
         return self.model.generate(prompt, **given, **{**defaults, **options})
 

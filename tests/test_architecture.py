@@ -1,5 +1,6 @@
 """Promises about the package itself."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import spectralquant
+from spectralquant.requirements import TRANSFORMERS
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,6 +19,24 @@ def test_import_is_lean() -> None:
     code = "import sys, spectralquant; print(sorted({'torch', 'transformers', 'numpy', 'cuda'} & sys.modules.keys()))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_transformers_that_is_too_old(tmp_path: Path) -> None:
+    """By its metadata, so the error comes before anything of it is imported."""
+    described = tmp_path / "transformers-4.55.4.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.55.4\n")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import spectralquant"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    text = 'DependencyError: transformers 4.55.4 is installed, spectralquant needs 4.56 or later: pip install --upgrade "transformers>=4.56"'
+    assert out.returncode == 1 and text in out.stderr
+    assert '"transformers>={}.{}"'.format(*TRANSFORMERS) in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_releases_of_transformers_are_told_apart_in_one_file() -> None:
+    asks = re.compile(r"transformers[^\n]*\b__version__")
+    found = {file.name for file in (ROOT / "spectralquant").rglob("*.py") if asks.search(file.read_text(encoding="utf-8"))}
+    assert found == {"compat.py"}
 
 
 def test_engine_and_backend_leave_cuda_alone() -> None:

@@ -18,13 +18,13 @@ from spectralquant import SpectralQuantEngine, get_default_calibration_texts
 from spectralquant.attention import hf
 from spectralquant.attention.reference import attend
 from spectralquant.cache.exact import EARLY
-from spectralquant.cache.hf import cache_argument
 from spectralquant.cache.segment import Segment
 from spectralquant.calibration import fit
 from spectralquant.calibration.hf import SKIP, TOKENS_PER_DIMENSION, ModelStatistics, collect
 from spectralquant.calibration.statistics import LayerStatistics
 from spectralquant.codec.codec import LayerCodec, build_codec
 from spectralquant.codec.packed import PackedKV
+from spectralquant.compat import cache_argument
 from spectralquant.config import CacheConfig, Dials
 from spectralquant.corpus import leading_tokens
 from spectralquant.evaluation.texts import begin_with

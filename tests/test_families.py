@@ -8,11 +8,13 @@ import torch
 from model_families import FAMILIES, WINDOW, Family, Prepared, prepare
 from models_table import DOCUMENT, render
 from packaging.version import Version
+from releases import skip_before
 from transformers import DynamicCache, __version__
 
-from spectralquant.cache.hf import SpectralCache, cache_argument
-from spectralquant.cache.layers import KEEPS_RECURRENT_STATES, SpectralLayer
+from spectralquant.cache.hf import SpectralCache
+from spectralquant.cache.layers import SpectralLayer
 from spectralquant.codec.layout import UNIT
+from spectralquant.compat import KEEPS_RECURRENT_STATES, cache_argument
 from spectralquant.errors import SpectralQuantError
 
 REFUSED = {
@@ -60,6 +62,12 @@ def logits(family: Prepared, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
     return family.model(**inputs, use_cache=True, **cache_argument(family.model, cache)).logits
 
 
+def skip_where_it_cannot_go_on(family: Prepared) -> None:
+    """With the model's own attention and cache, which the test compares to."""
+    if family.family.name == "StableLM":
+        skip_before("5.2", "makes StableLM's mask one too long for several tokens behind others", since="5.0")
+
+
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
@@ -75,6 +83,7 @@ def decoded_twin(packed: SpectralCache, dense: DynamicCache) -> DynamicCache:
 
 
 def test_logits_are_those_of_the_models_own_attention_over_decoded_keys(family: Prepared) -> None:
+    skip_where_it_cannot_go_on(family)
     prompt, more = ids(PROMPT), ids(5)
     packed, dense = coded_cache(family), DynamicCache(config=family.model.config)
     logits(family, prompt, packed)
@@ -90,6 +99,7 @@ def test_logits_are_those_of_the_models_own_attention_over_decoded_keys(family: 
 
 
 def test_nothing_changes_before_anything_is_coded(family: Prepared) -> None:
+    skip_where_it_cannot_go_on(family)
     prompt, more = ids(60), ids(20)
     packed, dense = coded_cache(family), DynamicCache(config=family.model.config)
     got = [logits(family, tokens, packed) for tokens in (prompt, more)]

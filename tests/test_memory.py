@@ -9,7 +9,8 @@ from tiny_models import TinyTokenizer, tiny_model
 from transformers import PreTrainedModel
 
 from spectralquant import SpectralQuant
-from spectralquant.cache.hf import SpectralCache, cache_argument
+from spectralquant.cache.hf import SpectralCache
+from spectralquant.compat import cache_argument
 from spectralquant.corpus import get_default_calibration_texts
 from spectralquant.engine import SpectralQuantEngine
 from spectralquant.errors import ConfigError, MemoryLimitError

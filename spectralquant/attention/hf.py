@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from spectralquant.attention.dispatch import attend_packed, make_mask
 from spectralquant.attention.tiles import FLASH_DTYPES
 from spectralquant.codec.packed import LazyKV, plain_arithmetic, without_gradient
+from spectralquant.compat import fitted_mask
 from spectralquant.errors import ConfigError
 
 NAME = "spectralquant"
@@ -46,6 +47,7 @@ def spectral_attention(
     Raises:
         ConfigError: Dropout over packed keys.
     """
+    attention_mask = fitted_mask(attention_mask, key.shape[2])
     if position_bias is not None:
         attention_mask = _biased_mask(position_bias, attention_mask, key.shape[2])
     if isinstance(key, LazyKV):

@@ -1,18 +1,18 @@
 """HuggingFace form of the cache: transformers' `Cache` with coded layers (`layers.py`) where a layer grows with the text, transformers' own elsewhere."""
 
-import inspect
 from copy import deepcopy
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, __version__
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from spectralquant.cache.layers import CODED, KEEPS_RECURRENT_STATES, SpectralLayer, coded_layer, has_states
+from spectralquant.cache.layers import CODED, SpectralLayer, coded_layer, has_states
 from spectralquant.codec.codec import LayerCodec, codec_nbytes
 from spectralquant.codec.packed import plain_arithmetic
+from spectralquant.compat import INSTALLED, KEEPS_RECURRENT_STATES, STATES_SINCE, UNCROPPABLE, placeholders, reset_layer
 from spectralquant.config import CacheConfig
 from spectralquant.errors import ConfigError, ShapeError, UnsupportedModelError
 
@@ -71,18 +71,22 @@ class SpectralCache(DynamicCache):
                 raise ConfigError(f"layer {layer_idx} holds {held} tokens, others {others}: a forward pass was interrupted; call cache.roll_back(length)")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def reset(self) -> None:
+        """Drop all tokens."""
+        for layer in self.layers:
+            reset_layer(layer)
+
     def roll_back(self, length: int) -> None:
         """Go back to the first `length` tokens, from whatever state a forward pass that failed has left. Layers whose window has slid on can't: then
         the cache is empty afterwards, and the next `generate` reads the whole text anew."""
-        dummies = getattr(self, "is_dummy", [False] * len(self.layers))  # layers without a cache, since transformers 5.23
-        layers: list[Any] = [layer for layer, dummy in zip(self.layers, dummies, strict=True) if not dummy]
+        layers: list[Any] = [layer for layer, empty in zip(self.layers, placeholders(self), strict=True) if not empty]
         whole = length > 0 and not any(has_states(layer) for layer in layers)  # recurrent states don't go back
         try:
             for layer in layers if whole else ():
                 if layer.get_seq_length() > length:
                     layer.crop(length - layer.get_seq_length())
                 whole = whole and layer.get_seq_length() == length
-        except (NotImplementedError, RuntimeError):  # what transformers' layers raise that can't be cropped
+        except UNCROPPABLE:
             whole = False
         if not whole:
             self.reset()
@@ -148,11 +152,6 @@ class SpectralCache(DynamicCache):
         return self.copy()
 
 
-def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
-    """`cache` under the name that this model's `forward` takes it by: `past_key_values` before transformers 5.24, `cache` since."""
-    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
-
-
 def dense_layers(model_config: PretrainedConfig) -> list[Any]:
     """transformers' own cache layers for this model, one per model layer; plain attention is `DynamicLayer`."""
     text = model_config.get_text_config(decoder=True)
@@ -177,9 +176,7 @@ def coded_layer_indices(model: PreTrainedModel) -> list[int]:
     layers = dense_layers(model.config)
     grow = [i for i, layer in enumerate(layers) if type(layer) in CODED]
     if model._is_stateful and not KEEPS_RECURRENT_STATES:
-        raise UnsupportedModelError(
-            f"transformers {__version__} keeps all layers of {name} in a cache of its own kind; transformers 5.4 or later has one kind for all"
-        )
+        raise UnsupportedModelError(f"{INSTALLED} keeps all layers of {name} in a cache of its own kind; {STATES_SINCE} or later has one kind for all")
     if not grow:
         raise UnsupportedModelError(f"{name} has no attention layer that grows with the text, so there is nothing to compress: {_bounded(layers)}")
     if getattr(text, "kv_lora_rank", None):

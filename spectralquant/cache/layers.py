@@ -1,4 +1,4 @@
-"""Layers of a HuggingFace cache that are coded, for transformers 4.56 to 5.x. The interface moved between releases; each shim says which."""
+"""Layers of a HuggingFace cache that are coded."""
 
 from collections.abc import Callable
 from copy import copy, deepcopy
@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers import cache_utils
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from spectralquant.cache.segment import Segment, use_kernels
 from spectralquant.codec.codec import LayerCodec
 from spectralquant.codec.packed import LazyKV, plain_arithmetic, without_gradient
+from spectralquant.compat import KEEPS_RECURRENT_STATES, RECURRENT_IS_CROPPABLE, STATES, LayerInterface, state_options, state_tensors
 from spectralquant.config import CacheConfig
 from spectralquant.errors import ConfigError
 from spectralquant.stopwatch import Stopwatch
@@ -24,19 +25,14 @@ CANDIDATES = 128
 _length_of: Callable[[Segment], int] = torch.compiler.disable(lambda segment: segment.length)  # pyright: ignore  # what is compiled serves all lengths
 
 
-class SpectralLayer(CacheLayerMixin):
+class SpectralLayer(LayerInterface):
     """One coded layer. `update` returns the raw tensors on an empty layer (prefill attends in full precision) and LazyKV after."""
-
-    is_sliding = False
-    is_croppable = True
-    is_compileable = False
 
     def __init__(self, codec: LayerCodec, config: CacheConfig) -> None:
         super().__init__()
         self.codec, self.config = codec, config
         self.segment: Segment | None = None
         self.padding: Tensor | None = None
-        self.is_initialized = False  # the base class of 4.56 does not set it
         self.record_past = False  # whether candidates may be refused, see `activate_past_recording`
         self.stepping = False  # whether `update` takes one token per sequence for a CUDA graph, see `Segment.append`
         self.seen: Tensor | None = None  # lengths that attention goes by in such a step, where they are not the segment's
@@ -102,22 +98,10 @@ class SpectralLayer(CacheLayerMixin):
     def get_seq_length(self, *args: Any) -> int:
         return 0 if self.segment is None else _length_of(self.segment)
 
-    def get_mask_sizes(self, query_length: "int | Tensor") -> tuple[int, int]:
-        if isinstance(query_length, Tensor):  # before 5.4: cache_position
-            query_length = query_length.shape[0]
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # the name before 5.14
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Negative: remove that many tokens. Positive (before 5.15): the length to keep."""
-        if self.segment is not None and tokens_to_remove:
-            length = self.segment.length + tokens_to_remove if tokens_to_remove < 0 else tokens_to_remove
+    def keep(self, length: int) -> None:
+        if self.segment is not None:
             with plain_arithmetic(self.segment.records.device):
-                self.segment.crop(max(length, 0))
+                self.segment.crop(length)
 
     def activate_past_recording(self) -> None:
         """From now on up to `CANDIDATES` tokens can be cropped after the update that brought them, as if they had never been there."""
@@ -149,13 +133,9 @@ class SpectralLayer(CacheLayerMixin):
                 self.segment.map_batch(fn)
 
 
-KEEPS_RECURRENT_STATES = hasattr(cache_utils, "LinearAttentionAndFullAttentionLayer")
-"""Whether transformers' layers keep recurrent states, with attention in one layer too (Falcon-H1); before 5.4 such models bring caches of their own."""
 CODED: dict[type, type[SpectralLayer]] = {DynamicLayer: SpectralLayer}
 """transformers' layers that grow with the text -> ours. Sliding-window, recurrent and placeholder layers stay as they are: they are bounded."""
 
-_STATES = ("conv_states", "recurrent_states")
-"""Tensors, or dicts of several in later releases; flags and sizes beside them differ as well."""
 _OF_ATTENTION = {"codec", "config", "segment", "padding", "record_past", "stepping", "seen", "watch", "expected", "keys", "values", "is_initialized"}
 
 if KEEPS_RECURRENT_STATES:
@@ -164,7 +144,7 @@ if KEEPS_RECURRENT_STATES:
         """A layer with attention, which is coded, and recurrent states, which are not: they don't grow."""
 
         supports_early_init = False
-        is_croppable: Any = getattr(cache_utils.LinearAttentionLayer, "is_croppable", False)  # unknown before 5.17
+        is_croppable: Any = RECURRENT_IS_CROPPABLE
 
         def __init__(self, codec: LayerCodec, config: CacheConfig, **states: Any) -> None:
             cache_utils.LinearAttentionLayer.__init__(self, **states)
@@ -186,8 +166,7 @@ if KEEPS_RECURRENT_STATES:
             return other
 
         def tensors(self) -> list[Tensor]:
-            held = (getattr(self, name) for name in _STATES)
-            return [*super().tensors(), *(t for x in held for t in (x.values() if isinstance(x, dict) else (x,)) if t is not None)]
+            return [*super().tensors(), *state_tensors(self)]
 
         def crop(self, tokens_to_remove: int) -> None:
             cache_utils.LinearAttentionLayer.crop(self, tokens_to_remove)
@@ -203,7 +182,7 @@ if KEEPS_RECURRENT_STATES:
 
         def _map(self, fn: Any) -> None:
             super()._map(fn)
-            for name in _STATES:
+            for name in STATES:
                 setattr(self, name, tree_map(lambda t: fn(t) if isinstance(t, Tensor) else t, getattr(self, name)))
 
     CODED[cache_utils.LinearAttentionAndFullAttentionLayer] = SpectralHybridLayer
@@ -211,10 +190,9 @@ if KEEPS_RECURRENT_STATES:
 
 def coded_layer(layer: Any, codec: LayerCodec, config: CacheConfig) -> SpectralLayer:
     """Ours in the place of transformers' `layer`, which is empty and of a type in `CODED`."""
-    states = {"number_of_states": layer.number_of_states} if hasattr(layer, "number_of_states") else {}
-    return CODED[type(layer)](codec, config, **states)
+    return CODED[type(layer)](codec, config, **state_options(layer))
 
 
 def has_states(layer: Any) -> bool:
     """Whether a layer, ours or transformers', keeps recurrent states."""
-    return any(hasattr(layer, name) for name in _STATES)
+    return any(hasattr(layer, name) for name in STATES)

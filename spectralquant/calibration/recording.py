@@ -15,6 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from spectralquant.calibration.products import BeforeModule, OnAttention, layer_index, watching_products
+from spectralquant.compat import fitted_mask
 
 RECORDER = "spectralquant-recorder"
 NAME_DENSE = "spectralquant"
@@ -44,7 +45,7 @@ def _by_interface(model: PreTrainedModel, on_attention: OnAttention) -> Iterator
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         on_attention(module, query, key, value, float(scale), kwargs.get("softcap"))
-        return dense(module, query, key, value, attention_mask, **kwargs)
+        return dense(module, query, key, value, fitted_mask(attention_mask, key.shape[2]), **kwargs)
 
     implementation = str(model.config._attn_implementation)
     dense = AttentionInterface()[NAME_DENSE] if NAME_DENSE in AttentionInterface() else AttentionInterface()["sdpa"]

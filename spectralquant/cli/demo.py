@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
-from spectralquant.cache.hf import SpectralCache, cache_argument
+from spectralquant.cache.hf import SpectralCache
 from spectralquant.cli.certificate import describe_certificate
 from spectralquant.cli.models import load_model
+from spectralquant.compat import cache_argument
 from spectralquant.config import require_int
 from spectralquant.engine import SpectralQuantEngine
 from spectralquant.presets import PRESETS

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectralquant.cache.hf import cache_argument
 from spectralquant.codec.layout import UNIT
+from spectralquant.compat import cache_argument
 from spectralquant.config import require_int
 from spectralquant.engine import SpectralQuantEngine
 from spectralquant.errors import ConfigError, SpectralQuantError

@@ -17,10 +17,10 @@ from spectralquant import SpectralQuantEngine
 from spectralquant.attention.dispatch import CPU_ROWS, GPU_ELEMENTS, GPU_LENGTH, attend_packed, make_mask
 from spectralquant.attention.reference import attend
 from spectralquant.attention.tiles import attend_tiles
-from spectralquant.cache.hf import cache_argument
 from spectralquant.cache.segment import Segment
 from spectralquant.codec.codec import build_codec
 from spectralquant.codec.packed import PackedKV
+from spectralquant.compat import cache_argument
 from spectralquant.config import CacheConfig, Dials
 from spectralquant.presets import PRESETS
 

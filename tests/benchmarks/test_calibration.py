@@ -20,7 +20,7 @@ from tiny_models import COMMON, TinyTokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from spectralquant import SpectralQuantEngine
-from spectralquant.cache.hf import cache_argument
+from spectralquant.compat import cache_argument
 from spectralquant.corpus import Samples, get_default_calibration_texts, leading_tokens, make_samples
 from spectralquant.errors import ConfigError
 from spectralquant.evaluation.texts import begin_with, spread_windows, tokenise

@@ -125,6 +125,8 @@ def test_dtypes(dtype: torch.dtype) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
 def test_attention_implementations_agree(pair: Pair, attention: str) -> None:
+    if attention == "sdpa" and getattr(pair.model.config, "attn_logit_softcapping", None):
+        pytest.skip("transformers' sdpa leaves the soft-cap out")
     ids, mask = tokens(600, batch=2), torch.ones(2, 640, dtype=torch.long)
     mask[0, :200] = 0
     position = (mask.cumsum(1) - 1).clamp_min(0)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from near_lossless import NEAR, Pair, packed_tokens, relative, tokens
+from releases import has_window, needs_windows_that_go_back, skip_before
 from tiny_models import tiny_model
 from transformers import LogitsProcessor, MaxTimeCriteria, PreTrainedModel, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -29,7 +30,7 @@ BEAMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", [*SAMPLING.values(), *BEAMS.values()], ids=[*SAMPLING, *BEAMS])
 def test_before_anything_is_coded(pair: Pair, options: dict[str, Any]) -> None:
     prompt, found = tokens(60, batch=2), []
-    for cache in (None, pair.cache()):
+    for cache in (pair.dense(), pair.cache()):
         torch.manual_seed(1)
         found.append(pair.generate(prompt, cache, max_new_tokens=20, **options))
     assert torch.equal(*found)
@@ -38,6 +39,8 @@ def test_before_anything_is_coded(pair: Pair, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", SAMPLING.values(), ids=SAMPLING)
 def test_sampling_sees_the_right_logits(pair: Pair, options: dict[str, Any]) -> None:
     """Logits along the chosen tokens, two blocks and more behind the first that is coded."""
+    if "prefill_chunk_size" in options and has_window(pair):
+        skip_before("5.3", "masks chunks behind a sliding window wrongly", since="5.0")
     prompt, cache = tokens(500, batch=2), pair.cache()
     out = pair.generate(prompt, cache, max_new_tokens=24, output_logits=True, return_dict_in_generate=True, **options)
     assert packed_tokens(cache) >= 384
@@ -160,6 +163,7 @@ def repeating(length: int) -> torch.Tensor:
 @pytest.mark.parametrize("length", [500, 508])
 def test_prompt_lookup(pair: Pair, length: int, window: int) -> None:
     """Candidates are refused on both sides of a block border."""
+    needs_windows_that_go_back(pair)
     prompt, cache = repeating(length), pair.cache(window=window)
     out = pair.generate(prompt, cache, prompt_lookup_num_tokens=9, max_new_tokens=40)
     pair.require_greedy(out, length)
@@ -178,6 +182,9 @@ def assistant_of(pair: Pair) -> PreTrainedModel:
 
 @pytest.mark.parametrize("window", [1, 128])
 def test_assisted(pair: Pair, window: int) -> None:
+    needs_windows_that_go_back(pair)
+    if has_window(pair):
+        skip_before("5.18", "masks an assistant's sliding window wrongly after refusals", since="5.16")
     prompt, assistant = tokens(500), assistant_of(pair)
     out = pair.generate(prompt, pair.cache(window=window), assistant_model=assistant, max_new_tokens=40)
     pair.require_greedy(out, 500)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from spectralquant.cache.hf import cache_argument
+from spectralquant.compat import cache_argument
 from spectralquant.evaluation.methods import Prepared, Subject
 from spectralquant.evaluation.plan import Plan
 

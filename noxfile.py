@@ -1,0 +1,32 @@
+"""`nox`: what a cache promises, tested on releases of transformers from the oldest to the newest, each in its own virtual environment.
+
+An environment holds transformers and what that release pins; what it lacks (torch, pytest) it finds in the one that nox was started from, so five of them
+take a minute. Where nox has an environment to itself, everything is installed.
+"""
+
+import sysconfig
+from pathlib import Path
+
+import nox
+
+RELEASES = ["4.56.2", "4.57.6", "5.0.0", "5.17.0", "newest"]
+CONTRACT = ["tests/cache", "tests/attention/test_hf.py", "tests/attention/test_dispatch.py", "tests/generation", "tests/test_families.py"]
+OTHERS = ["--ignore=tests/generation/test_long.py", "--deselect=tests/generation/test_modes.py::test_compiled_models", "-m", "not real and not gpu"]
+"""What takes long and differs little between releases: long texts, compilation, real models and kernels."""
+
+
+@nox.session
+@nox.parametrize("release", RELEASES, ids=RELEASES)
+def transformers(session: nox.Session, release: str) -> None:
+    """Run the contract on one release; arguments after `--` go to pytest in its place."""
+    share_packages(session)
+    wanted = ["--upgrade", "transformers"] if release == "newest" else [f"transformers=={release}"]
+    session.install("--no-compile", "-e", ".[test]", *wanted)
+    session.run("python", "-m", "pytest", "-n", "auto", *(session.posargs or [*CONTRACT, *OTHERS]))
+
+
+def share_packages(session: nox.Session) -> None:
+    """Let the session's environment look behind its own packages into those beside nox."""
+    own = session.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True)
+    line = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
+    (Path(str(own).strip()) / "shared.pth").write_text(line, encoding="utf-8")
