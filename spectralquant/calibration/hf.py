@@ -97,10 +97,16 @@ def known_fingerprint(model: Any) -> dict[str, Any]:
 
 
 def _stored(model: PreTrainedModel, name: str, parameter: Tensor) -> Tensor:
-    """The values of `parameter`, also of one that accelerate keeps elsewhere between two passes."""
+    """The values of `parameter`, also of one that accelerate keeps elsewhere between two passes, and of one that stands for codes."""
     module, _, leaf = name.rpartition(".")
     weights = getattr(getattr(model.get_submodule(module), "_hf_hook", None), "weights_map", None)
-    return weights[leaf] if parameter.device.type == "meta" and weights is not None else parameter
+    stored = weights[leaf] if parameter.device.type == "meta" and weights is not None else parameter
+    return _decoded(stored)
+
+
+def _decoded(weight: Tensor) -> Tensor:
+    """`weight`, or what it stands for where its class holds codes (torchao)."""
+    return weight if type(weight).dequantize is Tensor.dequantize else weight.dequantize()
 
 
 class _Recorder:
@@ -225,7 +231,7 @@ def output_metric(module: nn.Module, heads: int, groups: int, dim: int) -> Tenso
         weight = getattr(getattr(module, name, None), "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
             continue
-        weight = weight.detach().float()
+        weight = _decoded(weight).detach().float()
         if type(getattr(module, name)).__name__ == "Conv1D":  # GPT-2 stores [in, out]
             weight = weight.T
         if weight.shape[1] == heads * groups * dim:

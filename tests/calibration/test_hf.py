@@ -1,12 +1,14 @@
 """Reading a model's rotation."""
 
+from typing import Any
+
 import pytest
 import synthetic
 import torch
 from tiny_models import tiny_model
 from torch import Tensor
 
-from spectralquant.calibration.hf import collect, read_rotary
+from spectralquant.calibration.hf import collect, fingerprint, read_rotary
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FAR = 131_072
@@ -88,3 +90,30 @@ def test_collect_warns_of_a_rotation_that_it_cannot_read(monkeypatch: pytest.Mon
     monkeypatch.setattr("spectralquant.calibration.hf.read_rotary", lambda *_: None)
     with pytest.warns(UserWarning, match=r"rotary embedding of layers \[0, 1\].* could not be reproduced"):
         collect(tiny_model("llama"), [torch.randint(3, 100, (1, 64))], [0, 1])
+
+
+class Coded(torch.Tensor):
+    """As packages of quantized weights make them: it stands for values, and nothing can be done with it but products and `dequantize`."""
+
+    values: torch.Tensor
+
+    def dequantize(self) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.values
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("flatten", "view"):
+            raise NotImplementedError(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_the_fingerprint_reads_weights_that_stand_for_codes() -> None:
+    """It is that of the values."""
+    model = tiny_model("llama")
+    want, layer = fingerprint(model), model.model.layers[0].mlp.up_proj
+    coded = layer.weight.detach().as_subclass(Coded)
+    coded.values = layer.weight.detach()
+    layer.weight = torch.nn.Parameter(coded, requires_grad=False)
+    assert isinstance(layer.weight, Coded)
+    layer.weight.values = coded.values
+    assert fingerprint(model) == want

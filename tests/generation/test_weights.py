@@ -34,7 +34,9 @@ def test_torchao() -> None:
 def test_bitsandbytes(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     transformers = pytest.importorskip("transformers")
-    tiny_model("llama").save_pretrained(tmp_path)
+    config = tiny_model("llama").config
+    config.intermediate_size = 128  # blocks of 64
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     config = transformers.BitsAndBytesConfig(load_in_4bit=True)
     require_generation(transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config))
 
