@@ -19,6 +19,11 @@ def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
     return {since if since in inspect.signature(model.forward).parameters else before: cache}
 
 
+def last_logits(model: PreTrainedModel) -> dict[str, int]:
+    """Options of `forward` by which it computes the last position's logits alone, where the model knows how to."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
 def reset_layer(layer: Any) -> None:
     """Empty `layer`; transformers' own that grow keep zeros at `reset`, before 5.18."""
     layer.reset()

@@ -19,7 +19,7 @@ Nothing depends on it: a model that can't be captured or compiled is run as it i
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
@@ -138,7 +138,9 @@ class DecodeGraph(GraphSet):
         """Let the window's oldest block of every layer leave if it is due, and encode it if it soon will be. All layers have the same lengths."""
         for segment in segments:
             segment.ahead = AHEAD
-        with segments[0].watch.running() if segments[0].watch and segments[0].tokens_left <= LEAD else nullcontext():
+        if segments[0].tokens_left > LEAD:
+            return
+        with segments[0].watched():
             if segments[0].tokens_left <= 0:
                 self._store_blocks(segments)
             if segments[0].tokens_left <= LEAD and segments[0].can_encode:

@@ -3,7 +3,6 @@
 An engine keeps one calibration per model, told apart by the model's fingerprint; nothing is lost when a second model comes.
 """
 
-import inspect
 import os
 import threading
 import time
@@ -23,7 +22,7 @@ from spectralquant.clock import GenerationClock
 from spectralquant.codec.budget import require_head_dim, semantic_size
 from spectralquant.codec.codec import LayerCodec, build_codec, place_codecs
 from spectralquant.codec.quantizer import QUANTIZERS
-from spectralquant.compat import cache_argument, layer_config
+from spectralquant.compat import cache_argument, last_logits, layer_config
 from spectralquant.config import CacheConfig, Dials, require_int
 from spectralquant.corpus import make_samples, token_budget
 from spectralquant.errors import CalibrationError, ConfigError, ShapeError, UnsupportedModelError
@@ -330,9 +329,8 @@ class SpectralQuantEngine:
         self._calibrate_once(model, tokenizer)
         began = time.perf_counter()
         cache = self.cache(model)
-        keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         with torch.no_grad():
-            logits = model(input_ids=inputs.ids, use_cache=True, **cache_argument(model, cache), **keep).logits[:, -1]
+            logits = model(input_ids=inputs.ids, use_cache=True, **cache_argument(model, cache), **last_logits(model)).logits[:, -1]
         cache.prefix_ids = inputs.ids
         stats = self._last_stats = self._stats(cache, 0, time.perf_counter() - began)
         return {

@@ -5,7 +5,6 @@ saw (at most the preset's bound). What a forward pass takes besides is measured:
 proportion to the tokens that are in it at once, a line through the two tells the rest.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,18 +14,18 @@ from transformers import PreTrainedModel
 
 from spectralquant.attention.tiles import TILE_TOKENS
 from spectralquant.cache.exact import EARLY
-from spectralquant.cache.hf import SpectralCache, dense_layers
+from spectralquant.cache.hf import SpectralCache, dense_layers, storage_bytes
 from spectralquant.cache.segment import EXACT_AHEAD, grown_units
 from spectralquant.codec.codec import LayerCodec, codec_nbytes
 from spectralquant.codec.layout import UNIT
-from spectralquant.compat import cache_argument
+from spectralquant.compat import cache_argument, last_logits
 from spectralquant.config import CacheConfig
 from spectralquant.decode_graph import AHEAD
 from spectralquant.errors import ConfigError, MemoryLimitError
 
 PROBE = (1024, 3072)
 """Tokens of the two prompts that are measured."""
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +103,9 @@ class Planner:
         buffers = 0 if forward is None else forward.of(batch * at_once)
         if buffers and at_once < prompt:  # attention of later pieces decodes a tile of the earlier ones
             buffers += 2 * self._vector_bytes(next(iter(self.codecs.values()))) * TILE_TOKENS
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*self.model.parameters(), *self.model.buffers())}
+        weights = storage_bytes((*self.model.parameters(), *self.model.buffers()))
         cache = self._cache(batch, prompt, new_tokens)
-        return MemoryPlan(batch, prompt + new_tokens, sum(storages.values()), codec_nbytes(self.codecs.values()), forward=buffers, **cache)
+        return MemoryPlan(batch, prompt + new_tokens, weights, codec_nbytes(self.codecs.values()), forward=buffers, **cache)
 
     def _cache(self, batch: int, prompt: int, new_tokens: int) -> dict[str, int]:
         packed, exact, window, other, dense = 0, 0, 0, 0, 0
@@ -144,7 +143,8 @@ def _units(prompt: int, new_tokens: int, config: CacheConfig, ahead: int) -> tup
 
 
 def measure_forward(model: PreTrainedModel, make_cache: Callable[[], SpectralCache]) -> ForwardCost:
-    """The cost of a prompt in a forward pass, from two short ones. Zero where torch doesn't count memory. `make_cache()` gives an empty cache."""
+    """The cost of a prompt in a forward pass, from two short ones. Zero where torch doesn't count memory. `make_cache()` gives an empty cache.
+    Resets torch's peak statistics of the device."""
     if model.device.type != "cuda":
         return ForwardCost(0, 0.0)
     model_peaks = [_peak_beside_cache(model, make_cache(), tokens) for tokens in (PROBE[0], *PROBE)]  # what is made once is made by the first
@@ -155,11 +155,10 @@ def measure_forward(model: PreTrainedModel, make_cache: Callable[[], SpectralCac
 @torch.no_grad()
 def _peak_beside_cache(model: PreTrainedModel, cache: SpectralCache, tokens: int) -> int:
     ids = torch.randint(0, model.config.get_text_config(decoder=True).vocab_size, (1, tokens), device=model.device)
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     torch.cuda.synchronize(model.device)
     before = torch.cuda.memory_allocated(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
-    model(input_ids=ids, use_cache=True, **cache_argument(model, cache), **keep)
+    model(input_ids=ids, use_cache=True, **cache_argument(model, cache), **last_logits(model))
     return torch.cuda.max_memory_allocated(model.device) - before - cache.nbytes
 
 
@@ -205,7 +204,7 @@ def _largest(fits: Callable[[int], bool], high: int) -> int:
 
 
 def told_bytes(count: int) -> str:
-    """ "1.5 GB": decimal units."""
+    """In decimal units, as "1.5 GB"."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"

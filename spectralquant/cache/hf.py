@@ -1,5 +1,6 @@
 """HuggingFace form of the cache: transformers' `Cache` with coded layers (`layers.py`) where a layer grows with the text, transformers' own elsewhere."""
 
+from collections.abc import Iterable
 from copy import deepcopy
 from itertools import groupby
 from typing import Any
@@ -119,7 +120,7 @@ class SpectralCache(DynamicCache):
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held: codes, gains, exact tokens, window, slack, and layers that are not coded."""
-        return _storage_bytes(tensor for layer in self.layers for tensor in _layer_tensors(layer))
+        return storage_bytes(tensor for layer in self.layers for tensor in _layer_tensors(layer))
 
     @property
     def codec_bytes(self) -> int:
@@ -200,7 +201,8 @@ def _layer_tensors(layer: Any) -> list[Tensor]:
     return [x for x in held if isinstance(x, Tensor)]
 
 
-def _storage_bytes(tensors: Any) -> int:
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages that tensors lie in, each once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 

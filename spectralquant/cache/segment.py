@@ -169,7 +169,7 @@ class Segment:
         """Pack the window's oldest block if it is due."""
         if self.tokens_left > 0:
             return
-        with self._watched():
+        with self.watched():
             if not self.encoded:
                 self.reserve_unit()
                 self.encode_block()
@@ -238,7 +238,7 @@ class Segment:
         """Make keys and values, slots packed .., the window: pack all full blocks but the last `window` tokens."""
         count = keys.shape[-2]
         blocks = max(count - self.config.window - self.candidates, 0) // UNIT * UNIT
-        with self._watched():
+        with self.watched():
             for first in range(0, blocks, self.tile_tokens):
                 last = min(first + self.tile_tokens, blocks)
                 self._pack(keys[:, :, first:last], values[:, :, first:last], reserve=blocks - first)
@@ -253,7 +253,8 @@ class Segment:
         self.lengths[:, 0] = self.packed // UNIT
         self.lengths[:, 1] = self.recent
 
-    def _watched(self) -> AbstractContextManager[None]:
+    def watched(self) -> AbstractContextManager[None]:
+        """`watch` runs in this block, if there is one."""
         return nullcontext() if self.watch is None else self.watch.running()
 
     def _pack(self, keys: Tensor, values: Tensor, reserve: int) -> None:
