@@ -17,6 +17,7 @@ _ATTEND = {
     "COLUMNS": 1,
     "TRANSFORM_IN_SHARED": 1,
     "TABLE_IN_SHARED": 1,
+    "USE_PREFIX": 0,
 }
 
 _DENSE = {"D": 128, "KEY_PLANES": 144, "VALUE_PLANES": 160, "IS_KEY": 1, "OUT": 2, "PAIRS": 64, "INTERLEAVED": 0, "RUN": 256}
@@ -27,6 +28,7 @@ REPRESENTATIVE: dict[str, list[dict[str, int]]] = {
         {**_ATTEND, "COLUMNS": 2, "D": 64, "CK": 4, "CV": 5, "CB": 2, "SPLIT_BIAS": 0, "FLOAT_QUERY": 1, "IS_BF16": 0},
         {**_ATTEND, "COLUMNS": 2, "D": 256, "CK": 17, "CV": 19, "TRANSFORM_IN_SHARED": 0, "TABLE_IN_SHARED": 0, "USE_SOFTCAP": 1, "IS_BF16": 0},
         {**_ATTEND, "D": 80, "CK": 5, "CV": 6, "RUN": 0, "CB": 0, "SPLIT_BIAS": 0, "USE_SINKS": 1},
+        {**_ATTEND, "USE_PREFIX": 1},
     ],
     "whiten.cu": [
         _WHITEN,

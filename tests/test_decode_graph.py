@@ -74,7 +74,7 @@ def test_moves_are_told_apart(engine: SpectralQuantEngine) -> None:
     assert moved() == (True, False)
     segment.reserve_exact(10_000)
     assert moved() == (False, True)
-    segment.map_batch(torch.Tensor.clone)
+    segment.map_rows(torch.Tensor.clone)
     assert moved() == (True, True)
     numbers = [n for pair in seen for n in pair] + [n for s in (segment.copy(), segment_of(engine, 20)[0]) for n in (s.move, s.exact_move)]
     assert len(set(numbers)) == len({*seen[0], seen[2][0], seen[3][1], *seen[4]}) + 4

@@ -17,6 +17,7 @@ from spectralquant.attention.kernel_constants import KernelConstants, build_cons
 from spectralquant.codec.codec import LayerCodec
 from spectralquant.codec.layout import UNIT
 from spectralquant.codec.packed import PackedKV
+from spectralquant.codec.prefix import Prefix
 from spectralquant.errors import BackendError
 from spectralquant.kernels.compiler import load
 
@@ -89,7 +90,7 @@ def rows_of(queries: int) -> tuple[int, int]:
 
 def runs_of(kv: PackedKV, run: int) -> int:
     """Entries that the kernel may read of a table of runs: four at a time, up to the store's last."""
-    return kv.records.shape[2] * UNIT // run + 4 if run else 1
+    return kv.room * UNIT // run + 4 if run else 1
 
 
 def anchor_table(constants: KernelConstants, runs: int, device: torch.device) -> Tensor:
@@ -166,6 +167,7 @@ def plan_launch(
         "USE_SOFTCAP": int(softcapped),
         "USE_SINKS": int(sinks is not None),
         "COLUMNS": rows // 4,
+        "USE_PREFIX": int(kv.prefix is not None),
     }
     definitions |= _placement(definitions)
     out = query.new_empty((batch, positions, query_heads, dim))
@@ -173,13 +175,15 @@ def plan_launch(
     exact = (kv.exact_keys.contiguous(), kv.exact_values.contiguous(), kv.exact_slots.contiguous())
     raw = [_rows(t.to(kv.exact_keys.dtype)) for t in (kv.raw_keys, kv.raw_values)]
     mass = query.new_zeros(query_heads, dtype=torch.float32) if constants.missing_mass is None else constants.missing_mass
+    prefix = kv.prefix or Prefix(kv.records, kv.lengths, 0)
     arguments = (
-        query, kv.records.contiguous(), *exact, *raw, kv.lengths.contiguous(), kv.start.contiguous(),
+        query, kv.records.contiguous(), prefix.records, prefix.rows, *exact, *raw, kv.lengths.contiguous(), kv.start.contiguous(),
         constants.transform, constants.table, constants.scales, anchors, constants.turns, constants.value_rows, constants.value_mean,
         mass, (sinks.float().contiguous() if sinks is not None else constants.scales), out,
         workspace.partials, workspace.tickets,
         *(query.stride(i) for i in range(3)),
         *(np.int32(x) for x in (batch, heads, groups, positions, kv.records.shape[2], kv.exact_slots.shape[1], raw[0].stride(1) // dim)),
+        np.int32(prefix.units), np.int32(prefix.records.shape[2]),
         np.int32(row_groups), np.int32(workspace.blocks // (heads * row_groups)),
         np.int32(constants.rotary_pairs), np.int32(constants.interleaved), np.float32(factor), np.float32(softcap or 0.0),
     )  # fmt: skip
@@ -188,7 +192,7 @@ def plan_launch(
 
 def _check_steps(items: int, kv: PackedKV) -> None:
     """The kernel numbers its steps (attend_schedule.cuh) with 32 bits."""
-    steps = items * (kv.records.shape[2] + sum(-(-n // TILE) for n in (kv.exact_slots.shape[1], kv.raw_keys.shape[2])))
+    steps = items * (kv.room + sum(-(-n // TILE) for n in (kv.exact_slots.shape[1], kv.raw_keys.shape[2])))
     if steps >= 1 << 31:
         raise BackendError(f"attention takes {steps} steps, expected fewer than 2^31; use fewer sequences or fewer new tokens at a time")
 

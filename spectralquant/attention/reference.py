@@ -118,8 +118,7 @@ def _packed_part(q: _Query, kv: PackedKV) -> _Softmax:
 
 def _packed_tile(q: _Query, kv: PackedKV, state: _Softmax, first: int, last: int) -> None:
     """Take in slots first .. last - 1, a whole number of units that starts at a run."""
-    records = kv.records[:, :, first // UNIT : last // UNIT]
-    key, key_gain, value, value_gain = kv.codec.layout.split(records)
+    key, key_gain, value, value_gain = kv.codec.layout.split(kv.units(first // UNIT, last // UNIT))
     gain_code = unpack_gains(key_gain).flatten(2)
     if kv.codec.frame is not None:
         scores, bias = _anchored_scores(q.states, kv, key, first, last)

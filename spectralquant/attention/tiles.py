@@ -21,6 +21,7 @@ from torch import Tensor
 
 from spectralquant.codec.layout import UNIT
 from spectralquant.codec.packed import PackedKV
+from spectralquant.codec.units import coded_slots, decode_units
 
 TILE_TOKENS, MIN_TILE = 16_384, 1024
 """Coded tokens decoded at a time, all sequences together, and the fewest of each sequence. Long, because merging a part
@@ -98,19 +99,36 @@ def _uncoded(kv: PackedKV, dtype: torch.dtype) -> _Stretches:
 
 
 def _tiles(kv: PackedKV, dtype: torch.dtype) -> Iterator[_Stretches]:
-    """Decoded tiles of the packed slots; each takes the place of the one before."""
-    batch, heads, _, dim = kv.shape
-    size = min(kv.tile_tokens, max(TILE_TOKENS // batch // UNIT * UNIT, MIN_TILE), kv.packed)
-    keys, values = (kv.records.new_empty((batch, size, heads, dim), dtype=dtype) for _ in range(2))
-    first = size * torch.arange(batch, dtype=torch.int32, device=kv.records.device)
-    coded = kv.coded()
-    for begin in range(0, kv.packed, size or 1):
-        here = coded[:, begin : begin + size]
-        rows = torch.where(here, here.cumsum(1) - 1, -1).int()
-        end = begin + rows.shape[1]
-        kv.decode("key", begin, end, keys, rows)
-        kv.decode("value", begin, end, values, rows)
-        yield _Stretches(keys.flatten(0, 1), values.flatten(0, 1), first, here.sum(1, dtype=torch.int32), size)
+    """Decoded tiles of the packed slots; each takes the place of the one before. A prefix that all sequences have is decoded once: its tiles are stretches
+    of one sequence, which all queries see."""
+    prefix, units = kv.prefix, kv.packed // UNIT
+    parts = [(kv.units, kv.start, 0, units)]
+    if prefix is not None and prefix.is_one:
+        parts = [(prefix.read_one, kv.start[:1], 0, prefix.units), (kv.units, kv.start, prefix.units, units)]
+    rows = max(len(start) * _tile_units(kv, len(start), last - first) for _, start, first, last in parts) * UNIT
+    buffers = [kv.records.new_empty((rows, *kv.raw_keys.shape[1::2]), dtype=dtype) for _ in range(2)]
+    for read, start, begin, end in parts:
+        step = _tile_units(kv, len(start), end - begin)
+        for first in range(begin, end, step or 1):
+            tile = [b[: len(start) * step * UNIT].unflatten(0, (len(start), -1)) for b in buffers]
+            yield _decoded(kv, read(first, min(first + step, end)), start, first, tile)
+
+
+def _tile_units(kv: PackedKV, batch: int, units: int) -> int:
+    """Units of each sequence in a tile."""
+    return min(kv.tile_tokens // UNIT, max(TILE_TOKENS // batch, MIN_TILE) // UNIT, units)
+
+
+def _decoded(kv: PackedKV, records: Tensor, start: Tensor, first: int, buffers: list[Tensor]) -> _Stretches:
+    """Units first .. of records [B, H, U, record_bytes], decoded into buffers [B, R, H, D] for K and V: slots that count, one after another."""
+    counts = coded_slots(kv.codec, records)
+    rows = torch.where(counts, counts.cumsum(1) - 1, -1).int()
+    for which, out in zip(("key", "value"), buffers, strict=True):
+        decode_units(kv.codec, records, which, first * UNIT, start, out, rows, kv.kernels)
+    batch, size = buffers[0].shape[:2]
+    begins = size * torch.arange(batch, dtype=torch.int32, device=start.device)
+    keys, values = (out.flatten(0, 1) for out in buffers)
+    return _Stretches(keys, values, begins, counts.sum(1, dtype=torch.int32), size)
 
 
 def _flash_on_gpu(query: Tensor, part: _Stretches, scale: float, causal: bool) -> _Part:

@@ -113,24 +113,33 @@ class SpectralLayer(LayerInterface):
         self.segment, self.padding, self.is_initialized = None, None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._take_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda t: t.repeat_interleave(repeats, 0))
+        self._take_rows(lambda t: t.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda t: t[indices.to(t.device)])
+        self._take_rows(lambda t: t[indices.to(t.device)])
+        if self.segment is not None:
+            self.segment.drop_unused()
 
     def offload(self) -> None:
-        self._map(lambda t: t.to("cpu"))
+        self._move(torch.device("cpu"))
 
     def prefetch(self) -> None:
-        self._map(lambda t: t.to(self.device))
+        self._move(self.device)
 
-    def _map(self, fn: Any) -> None:
+    def _take_rows(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """What `fn` picks along dimension 0; packed units stay where they are, for the rows that read them."""
         if self.segment is not None:
             with plain_arithmetic(self.segment.records.device):
-                self.segment.map_batch(fn)
+                self.segment.share()
+                self.segment.map_rows(fn)
+
+    def _move(self, device: torch.device) -> None:
+        if self.segment is not None:
+            with plain_arithmetic(self.segment.records.device):
+                self.segment.to(device)
 
 
 CODED: dict[type, type[SpectralLayer]] = {DynamicLayer: SpectralLayer}
@@ -180,8 +189,15 @@ if KEEPS_RECURRENT_STATES:
             for name in attributes.keys() - _OF_ATTENTION:
                 setattr(self, name, deepcopy(attributes[name]))
 
-        def _map(self, fn: Any) -> None:
-            super()._map(fn)
+        def _take_rows(self, fn: Callable[[Tensor], Tensor]) -> None:
+            super()._take_rows(fn)
+            self._map_states(fn)
+
+        def _move(self, device: torch.device) -> None:
+            super()._move(device)
+            self._map_states(lambda t: t.to(device))
+
+        def _map_states(self, fn: Callable[[Tensor], Tensor]) -> None:
             for name in STATES:
                 setattr(self, name, tree_map(lambda t: fn(t) if isinstance(t, Tensor) else t, getattr(self, name)))
 

@@ -5,6 +5,9 @@ counts in `nbytes`. A token enters the window exact. When the window holds 128 t
 oldest 128 are packed at the start of the next update, so attention always sees the tokens of its own call exactly. Updates
 that do not fit the window (prefill, chunks) go through a temporary copy, at most one layer's at a time.
 
+Packed units are never written again, so what copies, repeated rows and beams begin with is held once (`share`): their units up to there become a prefix, and
+later ones go to a store behind it.
+
 What decoding repeats, `encode_block`, `store_block` and `append`, is a fixed sequence of launches: what is there and where to write follows from tensors
 (`lengths`, `secondary`, `chosen`), so a CUDA graph can replay it. The host keeps counts of its own for shapes and room (`count_block`, `count_step`) and asks
 the device for one number only, a call or a block: how many exact tokens there will be, `exact_need`, known once all is encoded and before it is stored.
@@ -26,12 +29,15 @@ from spectralquant.cache.append_cuda import append_token
 from spectralquant.codec.codec import LayerCodec
 from spectralquant.codec.layout import UNIT
 from spectralquant.codec.packed import PackedKV
+from spectralquant.codec.prefix import Prefix
 from spectralquant.codec.units import encode_units
 from spectralquant.config import CacheConfig
 from spectralquant.errors import BackendError, ShapeError
 from spectralquant.stopwatch import Stopwatch
 
 _moves = itertools.count()
+_OWN = ("records", "recent_keys", "recent_values", "start", "lengths", "secondary", "exact_keys", "exact_values", "exact_slots")
+"""Tensors [B, ...] of a segment that nobody else writes to."""
 EXACT_AHEAD = 5
 """Exact tokens that a unit may bring (`max_exact_share` of 128)."""
 
@@ -51,6 +57,8 @@ class Segment:
         expected: Tokens that there will be at most, where that is known: stores don't grow beyond them in advance.
         encoded: The window's oldest block is in `records` already, as the unit after the last one that counts. Whoever launches `encode_block` sets it.
         chosen: What stays exact of that block.
+        records: [B, H, U, record_bytes], units behind those of `prefix`.
+        prefix: Units in front, held once for several sequences and copies; None: there are none.
         watch: Takes the time of packing, where somebody wants to know it.
         move, exact_move: Numbers of the last moves, where a tensor was replaced by another: of the exact store, and of the rest. No two moves of any segments
             have the same, so as long as both stay, all tensors are where they were.
@@ -79,6 +87,7 @@ class Segment:
         self.lengths = torch.zeros((batch, 2), dtype=torch.int32, device=keys.device)  # units packed, tokens in the window
         self.packed = self.recent = 0  # tokens in the packed store and in the window
         self.records = keys.new_empty((batch, heads, 0, codec.layout.record_bytes), dtype=torch.uint8)
+        self.prefix: Prefix | None = None
         dtype = codec.exact_dtype if keys.dtype == torch.float32 else keys.dtype
         self.recent_keys = torch.empty((batch, heads, config.window + UNIT, dim), dtype=dtype, device=keys.device)
         self.recent_values = torch.empty_like(self.recent_keys)
@@ -94,8 +103,23 @@ class Segment:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor whose storage this segment holds (the codec's constants are counted apart)."""
-        rest = [self.records, self.recent_keys, self.recent_values, self.start, self.lengths, self.secondary, self.chosen.tokens, self.chosen.secondary]
-        return [*rest, self.exact_keys, self.exact_values, self.exact_slots]
+        own = [getattr(self, name) for name in _OWN]
+        shared = [] if self.prefix is None else [self.prefix.records, self.prefix.rows]
+        return [*own, self.chosen.tokens, self.chosen.secondary, *shared]
+
+    @property
+    def _shared_units(self) -> int:
+        return 0 if self.prefix is None else self.prefix.units
+
+    def share(self) -> None:
+        """Let copies and other rows of this segment read its packed units instead of copying them. What a prefix holds already stays as it is, and units behind
+        it are copied: a prefix of a prefix would cost attention more than it saves."""
+        if self.prefix is not None or not self.packed:
+            return
+        units = self.packed // UNIT
+        self.prefix = Prefix.of(self.records, units)
+        self.records = self.records[:, :, units : units + self.encoded].clone()  # an encoded block doesn't count yet
+        self.move = next(_moves)
 
     def update(self, keys: Tensor, values: Tensor) -> PackedKV | None:
         """Append keys and values [B, H, T, D], or nothing of them where that fails.
@@ -182,7 +206,7 @@ class Segment:
         keys, values = self.recent_keys[:, :, :UNIT], self.recent_values[:, :, :UNIT]
         record = self.records.new_empty((*self.records.shape[:2], 1, self.records.shape[3]))
         chosen = self._encode(keys, values, record)
-        self.records.index_copy_(2, self.lengths[:1, 0].long(), record)
+        self.records.index_copy_(2, self.lengths[:1, 0].long() - self._shared_units, record)
         self.chosen.tokens.copy_(chosen.tokens)
         self.chosen.secondary.copy_(chosen.secondary)
 
@@ -231,7 +255,7 @@ class Segment:
     def _view(self, raw_keys: Tensor, raw_values: Tensor, lengths: Tensor, causal: bool = False) -> PackedKV:
         return PackedKV(
             self.codec, self.records, self.packed, self.exact_keys, self.exact_values, self.exact_slots,
-            raw_keys, raw_values, self.start, self.padding, lengths, self.dtype, self.tile_tokens, self.kernels, causal,
+            raw_keys, raw_values, self.start, self.padding, lengths, self.dtype, self.tile_tokens, self.kernels, causal, self.prefix,
         )  # fmt: skip
 
     def _replace_recent(self, keys: Tensor, values: Tensor) -> None:
@@ -260,7 +284,7 @@ class Segment:
     def _pack(self, keys: Tensor, values: Tensor, reserve: int) -> None:
         """Pack slots packed .. packed + T - 1; T a multiple of 128. `reserve`: tokens still to come, this call's included."""
         keys, values = keys.to(self.recent_keys.dtype), values.to(self.recent_keys.dtype)  # the same bits whether they waited in the window or not
-        first, units = self.packed // UNIT, keys.shape[-2] // UNIT
+        first, units = self.packed // UNIT - self._shared_units, keys.shape[-2] // UNIT
         self._reserve_units(first + reserve // UNIT)
         chosen = self._encode(keys, values, self.records[:, :, first : first + units])
         self.reserve_exact(int(self._exact_need(chosen, units)))
@@ -288,12 +312,12 @@ class Segment:
 
     def reserve_unit(self) -> bool:
         """Make room for one more unit than count. Returns whether the store has moved."""
-        return self._reserve_units(self.packed // UNIT + 1)
+        return self._reserve_units(self.packed // UNIT - self._shared_units + 1)
 
     def _reserve_units(self, need: int) -> bool:
         have = self.records.shape[2]
         if need > have:
-            size = grown_units(have, need, self.ahead, self.expected)
+            size = grown_units(have, need, self.ahead, None if self.expected is None else self.expected - self._shared_units * UNIT)
             self.records = _grow(self.records, 2, size, fill=0)
             self.move = next(_moves)
         return need > have
@@ -320,6 +344,9 @@ class Segment:
         back = length - keep
         keys, values = (view.dense(which)[:, :, keep:length] for which in ("key", "value"))
         self._drop_exact(keep)
+        if self.prefix is not None:
+            self.prefix = self.prefix.cut(keep // UNIT)
+            self.move = next(_moves)
         self._keep(keep, back)
         self.recent_keys[:, :, :back], self.recent_values[:, :, :back] = keys, values
 
@@ -338,19 +365,37 @@ class Segment:
         self.exact_keys, self.exact_values = self.exact_keys.gather(2, index), self.exact_values.gather(2, index)
         self.exact_move = next(_moves)
 
-    def map_batch(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Apply `fn`, which picks rows of dimension 0 and returns new storage, to every tensor."""
-        self.records, self.recent_keys, self.recent_values, self.start, self.lengths, self.secondary, *chosen_and_exact = map(fn, self.tensors())
-        *chosen, self.exact_keys, self.exact_values, self.exact_slots = chosen_and_exact
-        self.chosen = exact.ExactTokens(*chosen)
+    def map_rows(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Take the sequences that `fn` picks along dimension 0, into new storage; a prefix stays where it is."""
+        self._map(fn)
+        if self.prefix is not None:
+            self.prefix = self.prefix.map_rows(fn)
+
+    def drop_unused(self) -> None:
+        """Free what no sequence begins with any more. Waits for the device."""
+        if self.prefix is not None:
+            self.prefix = self.prefix.without_unused()
+            self.move = next(_moves)
+
+    def to(self, device: torch.device) -> None:
+        """Move every tensor."""
+        self._map(lambda t: t.to(device))
+        if self.prefix is not None:
+            self.prefix = self.prefix.to(device)
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        for name in _OWN:
+            setattr(self, name, fn(getattr(self, name)))
+        self.chosen = exact.ExactTokens(fn(self.chosen.tokens), fn(self.chosen.secondary))
         self._padding = None
         self.move, self.exact_move = next(_moves), next(_moves)
 
     def copy(self) -> "Segment":
-        """An independent segment with the same content; the codec's constants are shared."""
+        """An independent segment with the same content; the codec's constants and packed units are shared."""
+        self.share()
         other = object.__new__(Segment)
         other.__dict__.update(self.__dict__)
-        other.map_batch(torch.Tensor.clone)
+        other.map_rows(torch.Tensor.clone)
         return other
 
 

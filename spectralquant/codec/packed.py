@@ -15,7 +15,8 @@ from torch._ops import HigherOrderOperator
 from torch.utils._pytree import tree_map
 
 from spectralquant.codec.codec import LayerCodec
-from spectralquant.codec.layout import MASKED_GAIN, UNIT, unpack_gains
+from spectralquant.codec.layout import UNIT
+from spectralquant.codec.prefix import Prefix
 from spectralquant.codec.units import decode_units
 from spectralquant.errors import GradientError
 
@@ -26,7 +27,7 @@ class PackedKV:
 
     Attributes:
         codec: Constants that decode `records`.
-        records: [B, H, U, record_bytes] uint8, U units allocated.
+        records: [B, H, U, record_bytes] uint8, U units allocated, those behind `prefix`.
         packed: Tokens in the packed store, a multiple of 128.
         exact_keys, exact_values: [B, H, E, D], 16-bit.
         exact_slots: [B, E] int32; -1 marks an unused entry.
@@ -38,6 +39,7 @@ class PackedKV:
         tile_tokens: Tokens that tile-wise readers unpack at a time.
         kernels: Whether CUDA kernels may read it.
         causal: Queries see what causal order and left padding let them see, whatever mask a model makes.
+        prefix: Units in front of `records`, held once for several sequences; None: there are none.
     """
 
     codec: LayerCodec
@@ -55,6 +57,12 @@ class PackedKV:
     tile_tokens: int
     kernels: bool
     causal: bool = False
+    prefix: Prefix | None = None
+
+    @property
+    def room(self) -> int:
+        """Units allocated."""
+        return self.records.shape[2] + (self.prefix.units if self.prefix is not None else 0)
 
     @property
     def length(self) -> int:
@@ -76,7 +84,8 @@ class PackedKV:
         out[:, :, self.packed :] = raw
         for first in range(0, self.packed, self.tile_tokens):
             last = min(first + self.tile_tokens, self.packed)
-            self.decode(which, first, last, out[:, :, first:last].transpose(1, 2))
+            records = self.units(first // UNIT, last // UNIT)
+            decode_units(self.codec, records, which, first, self.start, out[:, :, first:last].transpose(1, 2), kernels=self.kernels)
         exact = self.exact_keys if which == "key" else self.exact_values
         valid, heads = self.exact_valid(), torch.arange(raw.shape[1], device=raw.device)
         for row in range(raw.shape[0]):
@@ -84,14 +93,11 @@ class PackedKV:
             out[row, heads[:, None], self.exact_slots[row, at].long()[None]] = exact[row][:, at].to(self.dtype)
         return out
 
-    def decode(self, which: str, first: int, last: int, out: Tensor, rows: Tensor | None = None) -> None:
-        """Write packed slots first .. last - 1 (multiples of 128), "key" or "value", to `out` [B, R, H, D]; see `units.decode_units`."""
-        decode_units(self.codec, self.records[:, :, first // UNIT : last // UNIT], which, first, self.start, out, rows, self.kernels)
-
-    def coded(self) -> Tensor:
-        """[B, packed] bool: slots whose code counts; the others are in the exact store, or padding. The same for all heads."""
-        _, gains, _, _ = self.codec.layout.split(self.records[:, 0, : self.packed // UNIT])
-        return unpack_gains(gains).flatten(1) != MASKED_GAIN
+    def units(self, first: int, last: int) -> Tensor:
+        """Records [B, H, last - first, record_bytes] of these units: a part of a contiguous store, or a copy where the prefix has some of them."""
+        shared = 0 if self.prefix is None else self.prefix.units
+        own = self.records[:, :, max(first - shared, 0) : max(last - shared, 0)]
+        return own if self.prefix is None or first >= shared else torch.cat([self.prefix.read(first, min(last, shared)), own], 2)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor
 from spectralquant.codec.codec import LayerCodec
 from spectralquant.codec.decode_cuda import OUT_DTYPES, plan_decode
 from spectralquant.codec.encode_cuda import FusedEncoder, can_encode
-from spectralquant.codec.layout import UNIT, pack_planes, unpack_gains, unpack_planes
+from spectralquant.codec.layout import MASKED_GAIN, UNIT, pack_planes, unpack_gains, unpack_planes
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,12 @@ def decode_units(
         return
     for sequence, source, row in zip(out, dense, rows, strict=True):
         sequence[row[row >= 0].long()] = source[row >= 0].to(out.dtype)
+
+
+def coded_slots(codec: LayerCodec, records: Tensor) -> Tensor:
+    """[B, T] bool for records [B, H, T / 128, record_bytes]: slots whose code counts; the others are in the exact store, or padding. The same for all heads."""
+    _, gains, _, _ = codec.layout.split(records[:, 0])
+    return unpack_gains(gains).flatten(1) != MASKED_GAIN
 
 
 @cache

@@ -68,6 +68,8 @@ __device__ void attend_stretches(const Arguments& a, Shared& sm) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(
     const void* query,
     const u8* records,
+    const u8* prefix,
+    const int* prefix_rows,
     const u16* exact_keys,
     const u16* exact_values,
     const int* exact_slots,
@@ -97,6 +99,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(
     int units,
     int exact,
     int raw,
+    int prefix_units,
+    int prefix_room,
     int row_groups,
     int blocks_per_line,
     int rotary_pairs,
@@ -104,9 +108,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(
     float scale,
     float softcap) {
     extern __shared__ u8 shared[];
-    const Arguments a = {query, records, exact_keys, exact_values, exact_slots, raw_keys, raw_values, lengths, start, transform, table, scales, anchors, turns,
-                         value_rows, value_mean, missing_mass, sinks, out, partials, tickets, {query_stride_batch, query_stride_head, query_stride_position},
-                         batch, heads, groups, positions, units, exact, raw, row_groups, blocks_per_line, rotary_pairs, interleaved, scale, softcap};
+    const Arguments a = {query, records, prefix, prefix_rows, exact_keys, exact_values, exact_slots, raw_keys, raw_values, lengths, start, transform, table,
+                         scales, anchors, turns, value_rows, value_mean, missing_mass, sinks, out, partials, tickets,
+                         {query_stride_batch, query_stride_head, query_stride_position}, batch, heads, groups, positions, units, exact, raw,
+                         prefix_units, prefix_room, row_groups, blocks_per_line, rotary_pairs, interleaved, scale, softcap};
     clear_empty(a);
     attend_stretches(a, *(Shared*)shared);
 }

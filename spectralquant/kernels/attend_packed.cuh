@@ -131,14 +131,20 @@ __device__ __forceinline__ void add_packed(State& st, const float (&scores)[8][2
         for (int i = 0; i < COLUMNS; i++) st.planes[c][i] += 0.5f * offset[i], st.planes[c][2 + i] += 0.5f * offset[2 + i];
 }
 
-__device__ __forceinline__ const u8* first_record(const Arguments& a, const Stretch& s) {
-    return a.records + (((i64)s.batch * a.heads + s.head) * a.units + s.skipped) * RECORD;
+// The record of a step.
+__device__ __forceinline__ const u8* record_of(const Arguments& a, const Stretch& s, int step) {
+    int unit = s.skipped + step;
+#if USE_PREFIX
+    if (unit < a.prefix_units) return a.prefix + (((i64)a.prefix_rows[s.batch] * a.heads + s.head) * a.prefix_room + unit) * RECORD;
+    unit -= a.prefix_units;
+#endif
+    return a.records + (((i64)s.batch * a.heads + s.head) * a.units + unit) * RECORD;
 }
 
 // Record `first` on its way to the warp's slot, as two groups of copies, unless there is nothing up to `last`.
 __device__ __forceinline__ void start_records(const Arguments& a, const Stretch& s, Shared& sm, int first, int last) {
     const u32 keys = shared_address(sm.slots[threadIdx.x >> 5]);
-    const u8* from = first_record(a, s) + (i64)first * RECORD;
+    const u8* from = record_of(a, s, first);
     copy_part<KEY_PART>(keys, from, first < last);
     copy_part<VALUE_PART>(keys + KEY_PART, from + KEY_PART, first < last);
 }
@@ -154,7 +160,6 @@ __device__ __forceinline__ void add_missing_mass(const Arguments& a, const Stret
 
 // Packed steps first .. last - 1 of a head, by one warp, once `start_records` was called. The slot is refilled half by half, as soon as a half is used up.
 __device__ void packed_part(const Arguments& a, const Stretch& s, Shared& sm, State& st, int first, int last) {
-    const u8* base = first_record(a, s);
     const u32 keys = shared_address(sm.slots[threadIdx.x >> 5]), values = keys + KEY_PART;
     const float head_scale = a.scales[2 * s.head] * a.scale, mean_scale = a.scales[2 * s.head + 1];
     float factor[COLUMNS], mean[COLUMNS];
@@ -175,12 +180,13 @@ __device__ void packed_part(const Arguments& a, const Stretch& s, Shared& sm, St
         __syncwarp();
         packed_scores(a, sm, q, s.head, unit, run != held, keys, factor, mean, scores);
         __syncwarp();
-        copy_part<KEY_PART>(keys, base + (i64)(step + 1) * RECORD, step + 1 < last);
+        const u8* next = record_of(a, s, step + 1);
+        copy_part<KEY_PART>(keys, next, step + 1 < last);
         wait_copies<1>();
         __syncwarp();
         add_packed(st, scores, values);
         __syncwarp();
-        copy_part<VALUE_PART>(values, base + (i64)(step + 1) * RECORD + KEY_PART, step + 1 < last);
+        copy_part<VALUE_PART>(values, next + KEY_PART, step + 1 < last);
     }
     wait_copies<0>();
     add_missing_mass(a, s, st);

@@ -8,9 +8,10 @@
 //   RUN        tokens per anchored run (256), 0: plain       USE_SOFTCAP, USE_SINKS
 //   COLUMNS    of a tile's 8 that a lane's queries stand in: 2, or 1 where an item has at most 4 rows (a lane's other column serves the next run)
 //   TRANSFORM_IN_SHARED, TABLE_IN_SHARED  0: too large, read through the caches (D = 256)
+//   USE_PREFIX   1: the first units stand in a store of their own, which several sequences may read
 
 #if !defined(D) || !defined(CK) || !defined(CV) || !defined(CB) || !defined(RUN) || !defined(SPLIT_BIAS) || !defined(FLOAT_QUERY) || !defined(IS_BF16) || \
-    !defined(USE_SOFTCAP) || !defined(USE_SINKS) || !defined(COLUMNS) || !defined(TRANSFORM_IN_SHARED) || !defined(TABLE_IN_SHARED)
+    !defined(USE_SOFTCAP) || !defined(USE_SINKS) || !defined(COLUMNS) || !defined(TRANSFORM_IN_SHARED) || !defined(TABLE_IN_SHARED) || !defined(USE_PREFIX)
 #error "a definition is missing, see above"
 #endif
 
@@ -39,7 +40,9 @@
 
 struct Arguments {
     const void* query;         // [B, H G, Q, D]
-    const u8* records;         // [B, H, *, RECORD]
+    const u8* records;         // [B, H, *, RECORD], units after those of the prefix
+    const u8* prefix;          // [S, H, *, RECORD]
+    const int* prefix_rows;    // [B]: which of S a sequence begins with
     const u16* exact_keys;     // [B, H, E, D]
     const u16* exact_values;
     const int* exact_slots;    // [B, E], -1: unused
@@ -62,6 +65,7 @@ struct Arguments {
     i64 query_strides[3];      // of B, H G, Q, in elements
     int batch, heads, groups, positions;
     int units, exact, raw;     // rows that the stores have room for
+    int prefix_units, prefix_room;  // that count, and that the prefix has room for
     int row_groups, blocks_per_line;  // groups of ROWS rows of a head; blocks over heads times row groups, rounded down
     int rotary_pairs, interleaved;
     float scale, softcap;      // scale of the logits, times log2 e unless USE_SOFTCAP

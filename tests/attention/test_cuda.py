@@ -17,6 +17,7 @@ import pytest
 import synthetic
 import torch
 from host_kernels import compile_for_host
+from shared_prefix import with_prefix
 from tolerances import FLOAT32
 from torch import Tensor
 
@@ -36,10 +37,10 @@ ERROR = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 """Relative RMS of the output: queries are coded in float16; 16-bit outputs are rounded once more."""
 LAUNCHER = """
 extern "C" void go(unsigned grid, void** p, long long* l, int* n, float* f) {
-    run(attend, grid, unsigned(THREADS), (const void*)p[0], (const u8*)p[1], (const u16*)p[2], (const u16*)p[3], (const int*)p[4], (const u16*)p[5],
-        (const u16*)p[6], (const int*)p[7], (const i64*)p[8], (const Quad32*)p[9], p[10], (const float*)p[11], (const Float4*)p[12],
-        (const Float4*)p[13], (const float*)p[14], (const float*)p[15], (const float*)p[16], (const float*)p[17], p[18], (float*)p[19], (int*)p[20],
-        l[0], l[1], l[2], n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], f[0], f[1]);
+    run(attend, grid, unsigned(THREADS), (const void*)p[0], (const u8*)p[1], (const u8*)p[2], (const int*)p[3], (const u16*)p[4], (const u16*)p[5],
+        (const int*)p[6], (const u16*)p[7], (const u16*)p[8], (const int*)p[9], (const i64*)p[10], (const Quad32*)p[11], p[12], (const float*)p[13],
+        (const Float4*)p[14], (const Float4*)p[15], (const float*)p[16], (const float*)p[17], (const float*)p[18], (const float*)p[19], p[20],
+        (float*)p[21], (int*)p[22], l[0], l[1], l[2], n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], f[0], f[1]);
 }
 extern "C" unsigned shared_size() { return sizeof(Shared); }
 """
@@ -55,7 +56,7 @@ def run_on_host(launch: Launch) -> Tensor:
     code = library(frozenset(launch.definitions.items()))
     assert code.shared_size() <= launch.shared_bytes
     launch.out.fill_(torch.nan)
-    launch.arguments[19].fill_(torch.nan)  # partial results: whatever was in memory
+    launch.arguments[21].fill_(torch.nan)  # partial results: whatever was in memory
 
     def packed(kind: Any, of: Any, value: Callable[[Any], Any]) -> Any:
         found = [value(a) for a in launch.arguments if type(a) is of]
@@ -149,6 +150,17 @@ def test_kernel_on_the_host(options: dict[str, Any]) -> None:
     assert got.dtype == case.query.dtype and relative_rms(got, case.want()) < ERROR[got.dtype]
 
 
+@HOST
+@pytest.mark.parametrize("options", [{}, {"new": 4, "batch": 3, "start": (0, 5, 300)}, {"rotary": None}], ids=["one query", "padding", "plain frame"])
+@pytest.mark.parametrize("units", [1, 2, 3])
+def test_kernel_reads_a_prefix(options: dict[str, Any], units: int) -> None:
+    """The same bits, whether the first units stand in the sequences' own store or in one that they share."""
+    case = Case(**options)
+    want = run_on_host(case.launch())
+    case.kv = with_prefix(case.kv, units)
+    assert torch.equal(run_on_host(case.launch()), want)
+
+
 def random_options(seed: int) -> dict[str, Any]:
     """Sizes, lengths and padding of any kind; few compile-time variants."""
     draw = random.Random(seed)
@@ -183,7 +195,7 @@ def test_kernel_reads_lengths_from_memory(blocks: int) -> None:
     """Shorter sequences than the store holds, among them one of no tokens, whose output is zero; tickets are zero afterwards."""
     case = Case(batch=3, rotary=None, start=(0,), tokens=900)
     launch = case.launch(blocks)
-    lengths, tickets = launch.arguments[7], launch.arguments[20]
+    lengths, tickets = launch.arguments[9], launch.arguments[22]
     lengths[1], lengths[2] = torch.tensor([2, 1]), torch.tensor([0, 0])
     got = run_on_host(launch)
     short = replace(case.kv, packed=256, raw_keys=case.kv.raw_keys[:, :, :1], raw_values=case.kv.raw_values[:, :, :1])
@@ -217,7 +229,7 @@ def test_plan_refuses_more_steps_than_the_kernel_counts() -> None:
 def test_row_groups_cover_all_queries() -> None:
     case = Case(groups=3, new=7, batch=1)
     launch = case.launch()
-    assert launch.arguments[20].numel() == 2 * -(-3 * 7 // 8) and launch.out.shape == (1, 7, 6, 64)
+    assert launch.arguments[22].numel() == 2 * -(-3 * 7 // 8) and launch.out.shape == (1, 7, 6, 64)
     assert [rows_of(n) for n in (1, 4, 5, 8, 9)] == [(4, 1), (4, 1), (8, 1), (8, 1), (8, 2)]
 
 
@@ -241,6 +253,15 @@ def test_kernel_on_the_device(options: dict[str, Any]) -> None:
     got = fused.attend(case.query, case.kv, None, case.softcap, case.sinks)
     assert relative_rms(got, case.want()) < ERROR[got.dtype]
     assert torch.equal(got, fused.attend(case.query, case.kv, None, case.softcap, case.sinks))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_kernel_reads_a_prefix_on_the_device(dim: int) -> None:
+    case, fused = Case(dim=dim, batch=3, tokens=1500, dtype=torch.bfloat16, device="cuda"), FusedAttention(torch.device("cuda", 0))
+    want = fused.attend(case.query, case.kv)
+    for units in (1, 6):
+        assert torch.equal(fused.attend(case.query, with_prefix(case.kv, units)), want)
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import synthetic
 import torch
+from shared_prefix import with_prefix
 from tolerances import ATTENTION, FLASH
 from torch import Tensor
 
@@ -14,7 +15,10 @@ from spectralquant.attention.reference import attend
 from spectralquant.attention.tiles import attend_tiles
 from spectralquant.cache.segment import Segment
 from spectralquant.codec.codec import build_codec
+from spectralquant.codec.layout import UNIT
 from spectralquant.codec.packed import PackedKV
+from spectralquant.codec.prefix import Prefix
+from spectralquant.codec.units import coded_slots, decode_units
 from spectralquant.config import CacheConfig, Dials
 from spectralquant.presets import PRESETS
 from spectralquant.rope import Rotary
@@ -89,7 +93,7 @@ class Case:
         keys, values = (kv.dense(which).double().repeat_interleave(groups, 1) for which in ("key", "value"))
         logits = self.query.double() @ keys.mT * (self.scale or keys.shape[-1] ** -0.5)
         if kv.codec.missing_mass is not None:
-            logits[..., : kv.packed] += kv.codec.missing_mass.double().view(-1, 1, 1) * kv.coded()[:, None, None]
+            logits[..., : kv.packed] += kv.codec.missing_mass.double().view(-1, 1, 1) * coded_slots(kv.codec, kv.units(0, kv.packed // UNIT))[:, None, None]
         logits = logits.masked_fill(~self.mask(), -torch.inf)
         column = torch.full_like(logits[..., :1], -torch.inf) if self.sinks is None else self.sinks.double().view(-1, 1, 1).expand_as(logits[..., :1])
         weights = torch.cat([logits, column], -1).softmax(-1).nan_to_num(0.0)
@@ -152,6 +156,32 @@ def test_attend_tiles_gives_no_gradients() -> None:
     case = Case()
     case.query.requires_grad_(True)
     assert not case.got().requires_grad
+
+
+@pytest.mark.parametrize("options", [{}, {"batch": 3, "start": (0, 5, 300)}, {"batch": 1}], ids=["two", "padding", "one sequence"])
+@pytest.mark.parametrize("units", [1, 3])
+def test_attend_tiles_over_a_prefix(options: dict[str, Any], units: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "MIN_TILE", 256)
+    case = Case(**options)
+    want = case.got()
+    case.kv = with_prefix(case.kv, units)
+    assert relative_rms(case.got(), want) < ATTENTION and relative_rms(case.reference(), want) < ATTENTION
+
+
+def test_attend_tiles_decodes_once_what_all_sequences_begin_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One prefix for three sequences of different windows: decoded as one sequence, and the result is that of three copies."""
+    monkeypatch.setattr(tiles, "MIN_TILE", 256)
+    decoded = []
+    monkeypatch.setattr(tiles, "decode_units", lambda codec, records, *rest: (decoded.append(records.shape[0]), decode_units(codec, records, *rest)))
+    case = Case(batch=3, start=(0,))
+    prefix = Prefix(case.kv.records[:1], torch.zeros(3, dtype=torch.int32), 3)
+    behind, front = case.kv.records[:, :, 3:].contiguous(), case.kv.records[:1, :, :3].expand(3, -1, -1, -1)
+    exact = case.kv.exact_slots[:1].expand(3, -1).contiguous()  # gains say which are exact: those of the first sequence
+    case.kv = replace(case.kv, records=torch.cat([front, behind], 2), exact_slots=exact, packed=3 * UNIT)
+    want = case.got()
+    decoded.clear()
+    case.kv = replace(case.kv, records=behind, prefix=prefix)
+    assert relative_rms(case.got(), want) < ATTENTION and set(decoded) == {1}
 
 
 def flash_by_hand(

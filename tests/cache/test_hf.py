@@ -118,6 +118,32 @@ def test_reorder_select_and_repeat(engine: SpectralQuantEngine, llama: PreTraine
     assert picked.get_seq_length() == 0
 
 
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"num_beams": 3, "do_sample": False}, {"prefill_chunk_size": 70, "do_sample": False}], ids=str)
+@torch.no_grad()
+def test_continuations_share_a_prefix(engine: SpectralQuantEngine, llama: PreTrainedModel, options: dict[str, object]) -> None:
+    """Many continuations of one packed text hold its codes once, and give what a text of its own gives each."""
+    text, questions = ids(1500), ids(190, batch=3)
+    options = {**options, "max_new_tokens": 100, "eos_token_id": None}
+    cache = engine.cache(llama)
+    llama(text, past_key_values=cache)
+    one, beams = cache.nbytes, options.get("num_beams", 1)
+    rows = cache.copy()
+    rows.batch_repeat_interleave(3 * beams)
+    records = [layer.segment.prefix.records for layer in cache.coded_layers]
+    own = sum(r.nbytes for r in records)
+    assert all(layer.segment.prefix.records is r for layer, r in zip(rows.coded_layers, records, strict=True))
+    assert rows.nbytes < own + 3 * beams * (one - own) + 1000
+    got = llama.generate(torch.cat([text.expand(3, -1), questions], 1), past_key_values=rows, **options)
+    apart = []
+    for question in questions:
+        alone = engine.cache(llama)
+        llama(text, past_key_values=alone)
+        alone.batch_repeat_interleave(beams)
+        apart.append(llama.generate(torch.cat([text, question[None]], 1), past_key_values=alone, **options)[0])
+    assert torch.equal(got, torch.stack(apart))
+    assert all(layer.segment.prefix.records is r for layer, r in zip(rows.coded_layers, records, strict=True))
+
+
 @torch.no_grad()
 def test_chunked_prefill_sees_new_tokens_exactly(engine: SpectralQuantEngine, llama: PreTrainedModel) -> None:
     prompt = ids(900)

@@ -131,7 +131,7 @@ def test_padding_on_the_host_follows_the_batch(codec: LayerCodec) -> None:
     segment = Segment(codec, CONFIG, keys, torch.tensor([0, 7]))
     segment.update(keys, values)
     assert segment.padding == (0, 7)
-    segment.map_batch(lambda t: t[[1, 0, 1]])
+    segment.map_rows(lambda t: t[[1, 0, 1]])
     assert segment.padding == (7, 0, 7) and segment.lengths.shape == (3, 2)
 
 
@@ -157,6 +157,82 @@ def test_copy_is_independent(codec: LayerCodec) -> None:
     before, other = content(segment), segment.copy()
     other.update(*random_kv(codec, 300))
     assert segment.length == 400 and all(torch.equal(a, b) for a, b in zip(before, content(segment), strict=True))
+
+
+def rows_of(segment: Segment, rows: list[int]) -> Segment:
+    """A segment with these rows of `segment`, which shares its packed units."""
+    other = segment.copy()
+    other.map_rows(lambda t: t[rows])
+    return other
+
+
+def by_hand(codec: LayerCodec, pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Content of a segment that got `pieces` one after another and never shared anything."""
+    segment = segment_of(codec, pieces[0][0])
+    for piece in pieces:
+        segment.update(*piece)
+    return content(segment)
+
+
+def assert_same_content(segment: Segment, want: tuple[torch.Tensor, torch.Tensor]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(content(segment), want, strict=True))
+
+
+def test_rows_and_copies_read_one_prefix(codec: LayerCodec, poison: None) -> None:
+    """Each goes on by itself, as if it had all to itself; what was packed before is held once and stays what it was."""
+    text, more, others = random_kv(codec, 700), random_kv(codec, 300, batch=3), random_kv(codec, 400)
+    segment = segment_of(codec, text[0])
+    segment.update(*text)
+    where, bits = segment.records.data_ptr(), segment.records[:, :, : segment.packed // UNIT].clone()
+    rows = rows_of(segment, [1, 1, 0])
+    assert rows.prefix is not None and rows.prefix.records.data_ptr() == segment.prefix.records.data_ptr() == where and rows.records.shape[2] == 0
+    rows.update(*more)
+    segment.update(*others)
+    again = rows_of(rows, [2, 0])
+    again.update(*others)
+    repeated = tuple(x[[1, 1, 0]] for x in text)
+    assert_same_content(segment, by_hand(codec, [text, others]))
+    assert_same_content(rows, by_hand(codec, [repeated, more]))
+    assert_same_content(again, by_hand(codec, [tuple(x[[2, 0]] for x in repeated), tuple(x[[2, 0]] for x in more), others]))
+    assert again.prefix.records.data_ptr() == where and torch.equal(again.prefix.records[:, :, : bits.shape[2]], bits)
+
+
+@pytest.mark.parametrize("length", [800, 500, 300, 100, 0])
+def test_crop_into_a_prefix(codec: LayerCodec, poison: None, length: int) -> None:
+    text, more = random_kv(codec, 600), random_kv(codec, 300)
+    segment = segment_of(codec, text[0])
+    segment.update(*text)
+    other = segment.copy()
+    other.update(*more)
+    before, whole = content(segment), content(other)
+    other.crop(length)
+    for new, old in zip(content(other), whole, strict=True):
+        torch.testing.assert_close(new, old[:, :, :length], rtol=1e-3, atol=1e-3)
+    other.update(*more)
+    assert other.length == length + 300 and content(other)[0].isfinite().all()
+    assert_same_content(segment, before)
+
+
+def test_rows_that_none_begins_with_are_dropped(codec: LayerCodec) -> None:
+    text = random_kv(codec, 700, batch=4)
+    segment = segment_of(codec, text[0])
+    segment.update(*text)
+    rows = rows_of(segment, [3, 1, 3])
+    want = content(rows)
+    rows.drop_unused()
+    assert rows.prefix is not None and rows.prefix.records.shape[0] == 2 and segment.prefix.records.shape[0] == 4
+    assert_same_content(rows, want)
+
+
+def test_stores_behind_a_prefix_don_t_grow_beyond_what_is_expected(codec: LayerCodec) -> None:
+    text, more = random_kv(codec, 12 * UNIT), random_kv(codec, 10 * UNIT)
+    segment = segment_of(codec, text[0])
+    segment.update(*text)
+    other = segment.copy()
+    other.expected = 24 * UNIT
+    for first in range(0, 10 * UNIT, 16):
+        other.update(*(x[:, :, first : first + 16] for x in more))
+        assert other.prefix.units + other.records.shape[2] <= 24
 
 
 def test_records_grow_amortised(codec: LayerCodec) -> None:
