@@ -1,4 +1,4 @@
-"""Launches that are captured once as a CUDA graph and replayed, and numbers that come back from the device without a wait."""
+"""Launches that are captured once as a CUDA graph and replayed."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -82,27 +82,3 @@ def _end_random_capture(device: torch.device) -> None:
     """A capture that fails leaves torch's generator waiting for its end: random numbers would be errors from then on."""
     generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     generator.graphsafe_set_state(generator.clone_state())
-
-
-class Readback:
-    """Integers that the device computes and the host reads some steps later, without a wait in between.
-
-    Attributes:
-        values: [n] int64 on the device.
-    """
-
-    def __init__(self, count: int, device: torch.device) -> None:
-        self._device = device
-        self.values = torch.zeros(count, dtype=torch.int64, device=device)
-        self._copy = torch.zeros(count, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._arrived = torch.cuda.Event()
-
-    def send(self) -> None:
-        """Have `values` copied to the host once everything launched so far has run."""
-        self._copy.copy_(self.values, non_blocking=True)
-        self._arrived.record(torch.cuda.current_stream(self._device))
-
-    def read(self) -> list[int]:
-        """What was sent last."""
-        self._arrived.synchronize()
-        return self._copy.tolist()

@@ -35,7 +35,8 @@ from spectralquant.cache.layers import SpectralLayer
 from spectralquant.cache.segment import Segment
 from spectralquant.codec.packed import plain_arithmetic
 from spectralquant.compat import CACHE_ARGUMENTS
-from spectralquant.cuda_graphs import CaptureError, GraphSet, Readback
+from spectralquant.cuda_graphs import CaptureError, GraphSet
+from spectralquant.readback import Readback
 
 _STATIC = ("input_ids", "position_ids", "cache_position")
 """Tensors that change from step to step and have the same shape each time."""
@@ -138,6 +139,7 @@ class DecodeGraph(GraphSet):
         """Let the window's oldest block of every layer leave if it is due, and encode it if it soon will be. All layers have the same lengths."""
         for segment in segments:
             segment.ahead = AHEAD
+            segment.finish()
         if segments[0].tokens_left > LEAD:
             return
         with segments[0].watched():
@@ -162,7 +164,7 @@ class DecodeGraph(GraphSet):
             segment.count_block()
 
     def _encode_blocks(self, segments: list[Segment]) -> None:
-        needs = self._needs = self._needs or Readback(len(segments), self.model.device)
+        needs = self._needs = self._needs or Readback(torch.zeros(len(segments), dtype=torch.int64, device=self.model.device))
         moved = [segment.reserve_unit() for segment in segments]
 
         def launch() -> None:

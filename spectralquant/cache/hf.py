@@ -46,6 +46,7 @@ class SpectralCache(DynamicCache):
         self.weights = weights
         self.prefix_ids: Tensor | None = None
         self.decode_report: Any = None
+        self._behind: SpectralLayer | None = None  # whose update came last
 
     @property
     def coded_layers(self) -> list[SpectralLayer]:
@@ -70,10 +71,16 @@ class SpectralCache(DynamicCache):
             held, others = layer.get_seq_length(), first.get_seq_length() - key_states.shape[-2]
             if held != others:
                 raise ConfigError(f"layer {layer_idx} holds {held} tokens, others {others}: a forward pass was interrupted; call cache.roll_back(length)")
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if isinstance(layer, SpectralLayer):
+            behind, self._behind = self._behind, layer
+            if behind is not None and behind is not layer:
+                behind.finish()  # while the device works on this layer
+        return out
 
     def reset(self) -> None:
         """Drop all tokens."""
+        self._behind = None
         for layer in self.layers:
             reset_layer(layer)
 
@@ -145,6 +152,7 @@ class SpectralCache(DynamicCache):
         """An independent cache with the same content; codec constants are shared."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
+        other._behind = None
         with plain_arithmetic(torch.device("cpu")):
             other.layers = [layer.copy() if isinstance(layer, SpectralLayer) else deepcopy(layer) for layer in self.layers]
         return other

@@ -85,6 +85,11 @@ class SpectralLayer(LayerInterface):
         """Every tensor held."""
         return self.segment.tensors() if self.segment is not None else []
 
+    def finish(self) -> None:
+        """See `Segment.finish`."""
+        if self.segment is not None:
+            self.segment.finish()
+
     def expect(self, length: int | None) -> None:
         """There will be `length` tokens at most; None: not known."""
         self.expected = length

@@ -8,6 +8,9 @@ that do not fit the window (prefill, chunks) go through a temporary copy, at mos
 Packed units are never written again, so what copies, repeated rows and beams begin with is held once (`share`): their units up to there become a prefix, and
 later ones go to a store behind it.
 
+On a GPU nobody waits for a prompt's packing either: how many of its tokens stay exact is known to the host a layer later, and only then are they copied
+(`finish`).
+
 What decoding repeats, `encode_block`, `store_block` and `append`, is a fixed sequence of launches: what is there and where to write follows from tensors
 (`lengths`, `secondary`, `chosen`), so a CUDA graph can replay it. The host keeps counts of its own for shapes and room (`count_block`, `count_step`) and asks
 the device for one number only, a call or a block: how many exact tokens there will be, `exact_need`, known once all is encoded and before it is stored.
@@ -19,6 +22,7 @@ use float16, or bfloat16 where calibration saw values within a factor 4 of float
 import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,11 +32,12 @@ from spectralquant.cache import exact, exact_cuda
 from spectralquant.cache.append_cuda import append_token
 from spectralquant.codec.codec import LayerCodec
 from spectralquant.codec.layout import UNIT
-from spectralquant.codec.packed import PackedKV
+from spectralquant.codec.packed import PackedKV, plain_arithmetic
 from spectralquant.codec.prefix import Prefix
 from spectralquant.codec.units import encode_units
 from spectralquant.config import CacheConfig
 from spectralquant.errors import BackendError, ShapeError
+from spectralquant.readback import Readback
 from spectralquant.stopwatch import Stopwatch
 
 _moves = itertools.count()
@@ -84,6 +89,7 @@ class Segment:
         self.watch: Stopwatch | None = None
         self.move, self.exact_move = next(_moves), next(_moves)
         self._padding: tuple[int, ...] | None = None
+        self._unfinished: _Unfinished | None = None
         self.lengths = torch.zeros((batch, 2), dtype=torch.int32, device=keys.device)  # units packed, tokens in the window
         self.packed = self.recent = 0  # tokens in the packed store and in the window
         self.records = keys.new_empty((batch, heads, 0, codec.layout.record_bytes), dtype=torch.uint8)
@@ -103,6 +109,7 @@ class Segment:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor whose storage this segment holds (the codec's constants are counted apart)."""
+        self.finish()
         own = [getattr(self, name) for name in _OWN]
         shared = [] if self.prefix is None else [self.prefix.records, self.prefix.rows]
         return [*own, self.chosen.tokens, self.chosen.secondary, *shared]
@@ -114,6 +121,7 @@ class Segment:
     def share(self) -> None:
         """Let copies and other rows of this segment read its packed units instead of copying them. What a prefix holds already stays as it is, and units behind
         it are copied: a prefix of a prefix would cost attention more than it saves."""
+        self.finish()
         if self.prefix is not None or not self.packed:
             return
         units = self.packed // UNIT
@@ -132,11 +140,13 @@ class Segment:
         """
         self._require_shape(keys)
         was_empty = self.length == 0
+        self.finish()
         self.pack_ready()
         packed, recent = self.packed, self.recent
         try:
             return self._append(keys, values, was_empty)
         except BaseException:  # out of memory, or interrupted: the next one must not find half of it
+            self._unfinished = None
             if UNIT * int(self.lengths[0, 0]) > packed:
                 self._drop_exact(packed)
             self._keep(packed, recent)
@@ -169,7 +179,11 @@ class Segment:
         if self.recent:
             keys = torch.cat([self.recent_keys[:, :, : self.recent].to(keys.dtype), keys], -2)
             values = torch.cat([self.recent_values[:, :, : self.recent].to(values.dtype), values], -2)
-        view = None if was_empty else self._view(keys, values, self.lengths + torch.tensor([0, count], dtype=torch.int32, device=keys.device))
+        view = None
+        if not was_empty:
+            lengths = self.lengths.clone()
+            lengths[:, 1] += count
+            view = self._view(keys, values, lengths)
         self._replace_recent(keys, values)
         return view
 
@@ -217,7 +231,8 @@ class Segment:
     def store_block(self) -> None:
         """Move the encoded block out of the window: its exact tokens go to the exact store, and its unit counts. Launches only; room is there
         (`reserve_exact`); the host's counts follow by `count_block`."""
-        self._store(self.chosen, self.recent_keys[:, :, :UNIT], self.recent_values[:, :, :UNIT])
+        self._store(self.chosen, self.lengths[0, 0], self.recent_keys[:, :, :UNIT], self.recent_values[:, :, :UNIT])
+        self.lengths[:, 0] += 1
         for buffer in (self.recent_keys, self.recent_values):
             buffer[:, :, :-UNIT] = buffer[:, :, UNIT:].clone()
         self.lengths[:, 1] -= UNIT
@@ -283,13 +298,28 @@ class Segment:
 
     def _pack(self, keys: Tensor, values: Tensor, reserve: int) -> None:
         """Pack slots packed .. packed + T - 1; T a multiple of 128. `reserve`: tokens still to come, this call's included."""
+        self.finish()
         keys, values = keys.to(self.recent_keys.dtype), values.to(self.recent_keys.dtype)  # the same bits whether they waited in the window or not
         first, units = self.packed // UNIT - self._shared_units, keys.shape[-2] // UNIT
         self._reserve_units(first + reserve // UNIT)
         chosen = self._encode(keys, values, self.records[:, :, first : first + units])
-        self.reserve_exact(int(self._exact_need(chosen, units)))
-        self._store(chosen, keys, values)
+        need = Readback(self._exact_need(chosen, units)[None])
+        need.send()
+        self._unfinished = _Unfinished(chosen, keys, values, self.packed, self.lengths[0, 0].clone(), need)
+        self.lengths[:, 0] += units
         self.packed, self.encoded = self.packed + units * UNIT, False
+        if not waits_later(keys.device):
+            self.finish()
+
+    def finish(self) -> None:
+        """Store what stays exact of the last update, if that is still to be done. Everything but attention with its result does so first."""
+        last = self._unfinished
+        if last is None:
+            return
+        with self.watched(), plain_arithmetic(self.records.device):
+            self.reserve_exact(last.need.read()[0])
+            self._store(last.chosen, last.before, last.keys, last.values)
+        self._unfinished = None
 
     def _encode(self, keys: Tensor, values: Tensor, records: Tensor) -> exact.ExactTokens:
         """Write keys and values [B, H, T, D] of the next units to records [B, H, T / 128, *], and choose what stays exact."""
@@ -302,13 +332,12 @@ class Segment:
         """Entries that the exact store needs once the next `units` are packed, a tensor of one int64."""
         return exact.entries_used(self.lengths[0, 0] + units, self.start, chosen.secondary, self.config.sinks).max()
 
-    def _store(self, chosen: exact.ExactTokens, keys: Tensor, values: Tensor) -> None:
-        """Copy the chosen tokens of the next units, keys and values [B, H, T, D], to the exact store, and count the units."""
+    def _store(self, chosen: exact.ExactTokens, before: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Copy the chosen tokens of units, keys and values [B, H, T, D], to the exact store; `before`: [] int32, units in front of them."""
         store = exact_cuda.store_exact if self.encode_kernels else exact.store_exact
         to = self.exact_slots, self.exact_keys, self.exact_values
-        store(chosen, self.lengths[0, 0], self.start, self.secondary, self.config.sinks, keys, values, to)
+        store(chosen, before, self.start, self.secondary, self.config.sinks, keys, values, to)
         self.secondary.copy_(chosen.secondary)
-        self.lengths[:, 0] += keys.shape[2] // UNIT
 
     def reserve_unit(self) -> bool:
         """Make room for one more unit than count. Returns whether the store has moved."""
@@ -334,6 +363,9 @@ class Segment:
 
     def crop(self, length: int) -> None:
         """Keep the first `length` tokens. Tokens of a block that is cut go back to the window as their code says they are."""
+        if self._unfinished is not None and length <= self._unfinished.first:
+            self._unfinished = None
+        self.finish()
         if length >= self.length:
             return
         if length >= self.packed:
@@ -384,6 +416,7 @@ class Segment:
             self.prefix = self.prefix.to(device)
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.finish()
         for name in _OWN:
             setattr(self, name, fn(getattr(self, name)))
         self.chosen = exact.ExactTokens(fn(self.chosen.tokens), fn(self.chosen.secondary))
@@ -397,6 +430,31 @@ class Segment:
         other.__dict__.update(self.__dict__)
         other.map_rows(torch.Tensor.clone)
         return other
+
+
+@dataclass(frozen=True, slots=True)
+class _Unfinished:
+    """Units whose codes are written and whose exact tokens are chosen, but not in the exact store.
+
+    Attributes:
+        chosen: What stays exact.
+        keys, values: [B, H, T, D], the units' tokens.
+        first: Slot of the first of them.
+        before: [] int32, units in front, for launches.
+        need: Entries that the exact store needs then.
+    """
+
+    chosen: exact.ExactTokens
+    keys: Tensor
+    values: Tensor
+    first: int
+    before: Tensor
+    need: Readback
+
+
+def waits_later(device: torch.device) -> bool:
+    """Whether the host has something to launch while `device` finds out how many tokens stay exact."""
+    return device.type == "cuda"
 
 
 def use_kernels(codec: LayerCodec, config: CacheConfig, device: torch.device) -> bool:

@@ -45,6 +45,24 @@ def test_memory_per_token_stays_flat_while_decoding(engine: SpectralQuantEngine,
     assert (cache.nbytes - before) / 1000 < 1.35 * heads * per_token * len(cache.layers)
 
 
+@torch.no_grad()
+def test_exact_tokens_are_stored_a_layer_later_on_a_gpu(engine: SpectralQuantEngine, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last layer's by whatever comes next; what comes out is the same."""
+    text, more = ids(500), ids(300)
+    want, cache = engine.cache(llama), engine.cache(llama)
+    llama(text, past_key_values=want)
+    logits = llama(more, past_key_values=want).logits
+    monkeypatch.setattr("spectralquant.cache.segment.waits_later", lambda device: True)
+    llama(text, past_key_values=cache)
+    *before, last = [layer.segment for layer in cache.coded_layers]
+    assert all(segment._unfinished is None for segment in before) and last._unfinished is not None
+    assert torch.equal(llama(more, past_key_values=cache).logits, logits)
+    assert cache.nbytes == want.nbytes and last._unfinished is None
+    cache.roll_back(200)
+    want.roll_back(200)
+    assert torch.equal(llama(more, past_key_values=cache).logits, llama(more, past_key_values=want).logits)
+
+
 @pytest.mark.parametrize("foreign", ["sdpa", "eager"])
 @torch.no_grad()
 def test_foreign_attention_gives_the_same(engine: SpectralQuantEngine, llama: PreTrainedModel, foreign: str) -> None:

@@ -17,6 +17,13 @@ from spectralquant.presets import PRESETS
 CONFIG = CacheConfig(window=32, tile_tokens=256)
 
 
+@pytest.fixture(params=[False, True], ids=["at once", "later"], autouse=True)
+def later(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether exact tokens are stored by the next operation, as on a GPU."""
+    monkeypatch.setattr("spectralquant.cache.segment.waits_later", lambda device: request.param)
+    return request.param
+
+
 @pytest.fixture
 def codec(engine: SpectralQuantEngine) -> LayerCodec:
     return next(iter(engine.profile_codec().values()))
@@ -32,6 +39,7 @@ def segment_of(codec: LayerCodec, keys: torch.Tensor) -> Segment:
 
 
 def content(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
+    segment.finish()
     view = segment._view(segment.recent_keys[:, :, : segment.recent], segment.recent_values[:, :, : segment.recent], segment.lengths)
     return view.dense("key"), view.dense("value")
 
@@ -61,11 +69,30 @@ def test_update_keeps_sinks_and_window_exact(codec: LayerCodec) -> None:
         torch.testing.assert_close(got_values[:, :, part], values[:, :, part], rtol=1e-3, atol=1e-3)
 
 
+def test_finish_that_fails_can_be_repeated(codec: LayerCodec, later: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory, for instance: nothing is lost; and what is cropped away needs no room."""
+    keys, values = random_kv(codec, 600)
+    segment, want = segment_of(codec, keys), by_hand(codec, [(keys, values)])
+    if not later:
+        return
+    segment.update(keys, values)
+    with monkeypatch.context() as patched:
+        patched.setattr(Segment, "reserve_exact", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            segment.finish()
+        other = segment_of(codec, keys)
+        other.update(keys[:, :, :300], values[:, :, :300])  # one tile
+        other.crop(0)
+        assert other.length == 0
+    assert_same_content(segment, want)
+
+
 def test_update_keeps_secondary_sinks_exact_within_the_bound(codec: LayerCodec) -> None:
     keys, values = random_kv(codec, 1200)
     values[:, :, 100:900:3] *= 1e-3
     segment = segment_of(codec, keys)
     segment.update(keys, values)
+    segment.finish()
     used = (segment.exact_slots >= 0).sum(-1)
     assert (used > CONFIG.sinks).all()
     assert (used <= CONFIG.sinks + EARLY + min(codec.exact_bound, CONFIG.max_exact_share) * segment.packed).all()
@@ -83,6 +110,7 @@ def test_update_keeps_badly_coded_keys_exact(codec: LayerCodec) -> None:
     keys[:, :, odd] *= 8
     segment = segment_of(codec, keys)
     segment.update(keys, values)
+    segment.finish()
     found = segment.exact_slots[0].tolist()
     assert set(odd) <= set(found) and len([s for s in found if s >= CONFIG.sinks]) == len(odd)
     got, _ = content(segment)
