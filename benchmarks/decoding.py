@@ -16,6 +16,7 @@ Suites, all by default:
 
 - `contexts`: one sequence, over contexts;
 - `batches`: 32,768 tokens each, over batches;
+- `prefix`: the same with packed caches whose sequences all go on from one prefix of 32,768 tokens, held once;
 - `largest`: the largest batch of 32,768 tokens each and the longest context of one sequence that `--memory` holds, by trial;
 - `prompt`: prompts of 2,048 and 32,768 tokens, read whole, and 32,768 in pieces of 4,096;
 - `peak`: the most memory beside the weights for 32,768 tokens x 12, read in pieces, and what `engine.memory_plan` says of packed caches.
@@ -39,18 +40,9 @@ from typing import Any
 import torch
 from attention import made_up_sides
 from calibration import command_line
+from shapes import SHAPES, THETA, random_model
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    LlamaConfig,
-    LogitsProcessor,
-    MistralConfig,
-    PretrainedConfig,
-    QuantizedCache,
-    Qwen2Config,
-    StaticCache,
-)
+from transformers import DynamicCache, LogitsProcessor, PretrainedConfig, QuantizedCache, StaticCache
 
 from spectralquant.attention.hf import register
 from spectralquant.cache.hf import SpectralCache
@@ -68,30 +60,11 @@ from spectralquant.rope import Rotary
 PIECE, LONG, FILL = 4096, 32_768, 65_536
 WARM, TOKENS = 32, 160
 REPEATS = 3
-THETA = 500_000.0
 CONTEXTS, BATCHES = (512, 2048, 8192, 32_768, 131_072), (1, 8, 12)
-SHAPES: dict[str, PretrainedConfig] = {
-    "qwen2.5-1.5b": Qwen2Config(
-        vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
-        max_position_embeddings=131_072, tie_word_embeddings=True,
-    ),
-    "llama-3.1-8b": LlamaConfig(
-        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        max_position_embeddings=131_072,
-    ),
-    "mistral-7b": MistralConfig(
-        vocab_size=32_000, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        max_position_embeddings=32_768, sliding_window=None,
-    ),
-    "tiny": LlamaConfig(
-        vocab_size=199, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=131_072,
-    ),
-}  # fmt: skip
 PACKED = {"packed": {}, "packed, compiled": {"compile_steps": True}, "packed, no graph": {"cuda_graphs": False}}
 HQQ = {"hqq, 4 bits": 4, "hqq, 2 bits": 2}
 KINDS = ("dynamic", "static, compiled", *HQQ, *PACKED)
-SUITES = ("contexts", "batches", "largest", "prompt", "peak")
+SUITES = ("contexts", "batches", "prefix", "largest", "prompt", "peak")
 
 
 def made_up_profile(layers: int, heads: int, dim: int) -> Profile:
@@ -120,10 +93,7 @@ class Bench:
     """One model, and its caches under test."""
 
     def __init__(self, config: PretrainedConfig, preset: str, device: torch.device) -> None:
-        self.config, self.device = config, device
-        config.rope_parameters = {"rope_type": "default", "rope_theta": THETA}
-        with torch.device(device):
-            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        self.config, self.device, self.model = config, device, random_model(config, device)
         install_generate(self.model)
         self.heads, self.dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
         profile = made_up_profile(config.num_hidden_layers, self.heads, self.dim)
@@ -138,15 +108,18 @@ class Bench:
             return QuantizedCache("hqq", self.config, nbits=HQQ[kind], axis_key=1, axis_value=1, q_group_size=64)
         return StaticCache(config=self.config, max_cache_len=room) if kind == "static, compiled" else DynamicCache(config=self.config)
 
-    def filled(self, kind: str, context: int, batch: int, room: int) -> Any:
-        """A cache of random keys and values. A packed one holds the same sequence `batch` times: it packs one."""
+    def filled(self, kind: str, context: int, batch: int, room: int, shared: bool = False) -> Any:
+        """A cache of random keys and values. A packed one holds the same sequence `batch` times, or once for all rows where `shared`: it packs one."""
         cache, rows, piece = self.cache(kind, room), 1 if kind in PACKED else batch, FILL if kind in PACKED else context
         for first in range(0, context, piece):
             for layer in range(self.config.num_hidden_layers):
                 shape = (2, rows, self.heads, min(piece, context - first), self.dim)
                 cache.update(*torch.randn(shape, device=self.device, dtype=torch.bfloat16), layer)
-        if rows < batch:
+        if rows < batch and shared:
             cache.batch_repeat_interleave(batch)
+        elif rows < batch:
+            for layer in cache.coded_layers:
+                layer.segment.map_rows(lambda t: t.repeat_interleave(batch, 0))
         return cache
 
     def generate(self, cache: Any, ids: torch.Tensor, tokens: int, **options: Any) -> None:
@@ -157,12 +130,12 @@ class Bench:
         make = torch.Generator().manual_seed(1)
         return torch.randint(3, self.config.vocab_size - 1, (1, count), generator=make).to(self.device).expand(batch, -1)
 
-    def steps(self, kind: str, context: int, batch: int) -> dict[str, float]:
+    def steps(self, kind: str, context: int, batch: int, shared: bool = False) -> dict[str, float]:
         """Milliseconds per token, and tokens per second of all sequences, behind `context` tokens in the cache."""
         torch._dynamo.reset()
         self.reset_peak()
         ticks = Ticks(self.wait, WARM + TOKENS)
-        cache = self.filled(kind, context, batch, context + WARM + TOKENS + 2)
+        cache = self.filled(kind, context, batch, context + WARM + TOKENS + 2, shared)
         self.generate(cache, self.ids(batch, context + 1), WARM + TOKENS + 1, logits_processor=[ticks])
         seconds = (ticks.times[1] - ticks.times[0]) / TOKENS
         row: dict[str, Any] = {"token_ms": seconds * 1e3, "tokens_per_s": batch / seconds, "peak_bytes": self.peak()}
@@ -227,6 +200,9 @@ def lines_of(suite: str, bench: Bench, kinds: tuple[str, ...], args: argparse.Na
     if suite == "batches":
         cases = [(kind, args.long, batch) for batch in args.batch if batch > 1 for kind in kinds if kind in ("dynamic", "static, compiled", *PACKED)]
         return [({"cache": k, "context": c, "batch": b}, lambda k=k, c=c, b=b: bench.steps(k, c, b)) for k, c, b in cases]
+    if suite == "prefix":
+        cases = [(kind, args.long, batch) for batch in args.batch if batch > 1 for kind in kinds if kind in PACKED]
+        return [({"cache": k, "context": c, "batch": b, "shared": True}, lambda k=k, c=c, b=b: bench.steps(k, c, b, shared=True)) for k, c, b in cases]
     if suite == "largest":
         found = [kind for kind in kinds if kind not in HQQ]
         return [({"cache": k, "grows": g}, lambda k=k, g=g: largest(bench, k, g, args.long, args.memory)) for g in ("batch", "context") for k in found]
@@ -285,7 +261,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--suite", action="append", choices=SUITES, help="measure these alone (may be repeated)")
     parser.add_argument("--kind", action="append", choices=KINDS, help="measure these caches alone (may be repeated)")
     parser.add_argument("--context", type=int, action="append", help=f"of the suite contexts (may be repeated; default {CONTEXTS})")
-    parser.add_argument("--batch", type=int, action="append", help=f"of the suite batches (may be repeated; default {BATCHES})")
+    parser.add_argument("--batch", type=int, action="append", help=f"of the suites batches and prefix (may be repeated; default {BATCHES})")
     parser.add_argument("--long", type=int, default=LONG, help=f"tokens of a long sequence (default {LONG})")
     parser.add_argument("--peak-batch", type=int, default=12, help="sequences of the suite peak (default 12)")
     parser.add_argument("--memory", type=float, default=80.0, metavar="GB", help="what the process may take of the device (default 80)")

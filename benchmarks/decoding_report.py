@@ -28,6 +28,7 @@ LINES = {
 COLUMNS = {
     "contexts": ("context", "batch", "cache", "token_ms", "tokens_per_s", "cache_bytes", "peak_bytes"),
     "batches": ("context", "batch", "cache", "token_ms", "tokens_per_s", "cache_bytes", "peak_bytes"),
+    "prefix": ("context", "batch", "cache", "token_ms", "tokens_per_s", "cache_bytes", "peak_bytes"),
     "largest": ("grows", "cache", "batch", "context", "token_ms", "tokens_per_s", "peak_bytes"),
     "prompt": ("context", "piece", "cache", "prompt_s", "peak_bytes"),
     "peak": ("context", "batch", "piece", "cache", "seconds", "peak_bytes", "planned_bytes"),

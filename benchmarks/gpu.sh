@@ -10,9 +10,10 @@ out=${1:-benchmarks/results}
 
 python -m pytest -q -m gpu tests
 if command -v compute-sanitizer > /dev/null; then
-    for tool in memcheck racecheck; do
-        compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 \
-            python -m pytest -q -m gpu tests/attention -k "float32 or bfloat16 or 128 or 256 or joint"
+    check="compute-sanitizer --report-api-errors no --error-exitcode 9"
+    $check --tool memcheck python benchmarks/sanitize.py 64 128 256
+    for kernel in attend append whiten encode_scalar encode_joint exact decode_units; do
+        $check --tool racecheck --kernel-name "kns=$kernel" python benchmarks/sanitize.py 64 128
     done
 fi
 python benchmarks/attention.py --out "$out/attention-$card.json"

@@ -14,7 +14,7 @@ from spectralquant.errors import ConfigError
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    for name in ("attention", "calibration", "calibration_report", "decoding"):
+    for name in ("attention", "calibration", "calibration_report", "decoding", "shapes"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     module = importlib.import_module("decoding")
     for name, value in {"PIECE": 200, "WARM": 2, "TOKENS": 3, "FILL": 300}.items():
@@ -36,8 +36,9 @@ def test_every_cache_and_suite_is_measured(script: Any, tmp_path: Path) -> None:
     cases = {(r["suite"], r["cache"], r.get("context"), r.get("batch")) for r in rows}
     for kind in ("dynamic", "static, compiled", "packed", "packed, no graph"):
         assert {("contexts", kind, 400, 1), ("batches", kind, 700, 2)} <= cases
+        assert (("prefix", kind, 700, 2) in cases) == kind.startswith("packed")
     assert {("peak", "packed", 700, 2), ("prompt", "dynamic", 2048, None)} <= cases
-    assert all(r["token_ms"] > 0 for r in rows if r["suite"] in ("contexts", "batches", "largest"))
+    assert all(r["token_ms"] > 0 for r in rows if r["suite"] in ("contexts", "batches", "prefix", "largest"))
     batch = {r["cache"]: r["batch"] for r in rows if r["suite"] == "largest" and r["grows"] == "batch"}
     assert batch.keys() == {"dynamic", "static, compiled", "packed", "packed, no graph"} and min(batch.values()) > 0
     (peak,) = (r for r in rows if r["suite"] == "peak" and r["cache"] == "packed")
@@ -49,7 +50,8 @@ def test_a_filled_cache_holds_what_was_asked_for(script: Any) -> None:
     for kind in ("dynamic", "static, compiled", "packed"):
         cache = bench.filled(kind, 1000, 3, 1100)
         assert int(cache.get_seq_length()) == 1000
-    assert cache.coded_layers[1].segment.records.shape[0] == 3 and cache.coded_layers[1].segment.packed == 768
+    segment, shared = (bench.filled("packed", 1000, 3, 1100, of).coded_layers[1].segment for of in (False, True))
+    assert segment.records.shape[0] == 3 and segment.prefix is None and shared.prefix.is_one and segment.packed == shared.packed == 768
 
 
 @pytest.mark.parametrize("kind", ["hqq, 4 bits", "hqq, 2 bits"])
