@@ -2,7 +2,7 @@
 
 The bound holds after every unit of 128 tokens, and of every unit the neediest are taken, so what came in one piece or in many makes no difference. All is
 counted where the tokens are, and read from tensors, so a CUDA graph may repeat it. The host has to know one number only: the entries that the store of exact
-tokens needs room for (`entries_used`).
+tokens needs room for.
 """
 
 from dataclasses import dataclass

@@ -101,7 +101,7 @@ class Segment:
         self.exact_values = torch.empty_like(self.exact_keys)
         self.exact_slots = torch.empty((batch, 0), dtype=torch.int32, device=keys.device)
         self.secondary = torch.zeros(batch, dtype=torch.int64, device=keys.device)  # exact tokens besides the sinks
-        self.chosen = exact.ExactTokens(torch.zeros((batch, UNIT), dtype=torch.int32, device=keys.device), torch.zeros_like(self.secondary))
+        self.chosen = exact.ExactTokens(torch.empty((batch, UNIT), dtype=torch.int32, device=keys.device), torch.empty_like(self.secondary))
 
     @property
     def length(self) -> int:
@@ -147,7 +147,7 @@ class Segment:
             return self._append(keys, values, was_empty)
         except BaseException:  # out of memory, or interrupted: the next one must not find half of it
             self._unfinished = None
-            if UNIT * int(self.lengths[0, 0]) > packed:
+            if self.packed > packed:
                 self._drop_exact(packed)
             self._keep(packed, recent)
             raise
@@ -219,14 +219,14 @@ class Segment:
         """Write the window's oldest 128 tokens as the unit after the last one that counts. Launches only; room is there (`reserve_unit`)."""
         keys, values = self.recent_keys[:, :, :UNIT], self.recent_values[:, :, :UNIT]
         record = self.records.new_empty((*self.records.shape[:2], 1, self.records.shape[3]))
-        chosen = self._encode(keys, values, record)
+        chosen = self._encode(keys, values, self.lengths[0, 0], record)
         self.records.index_copy_(2, self.lengths[:1, 0].long() - self._shared_units, record)
         self.chosen.tokens.copy_(chosen.tokens)
         self.chosen.secondary.copy_(chosen.secondary)
 
     def exact_need(self) -> Tensor:
         """Entries that the exact store needs for the encoded block, a tensor of one int64."""
-        return self._exact_need(self.chosen, 1)
+        return self.chosen.secondary.max() + self.config.sinks
 
     def store_block(self) -> None:
         """Move the encoded block out of the window: its exact tokens go to the exact store, and its unit counts. Launches only; room is there
@@ -289,8 +289,8 @@ class Segment:
 
     def write_lengths(self) -> None:
         """Let the device count what the host counts: a step that failed on its way may have counted its token."""
-        self.lengths[:, 0] = self.packed // UNIT
-        self.lengths[:, 1] = self.recent
+        self.lengths[:, 0].fill_(self.packed // UNIT)
+        self.lengths[:, 1].fill_(self.recent)
 
     def watched(self) -> AbstractContextManager[None]:
         """`watch` runs in this block, if there is one."""
@@ -302,11 +302,11 @@ class Segment:
         keys, values = keys.to(self.recent_keys.dtype), values.to(self.recent_keys.dtype)  # the same bits whether they waited in the window or not
         first, units = self.packed // UNIT - self._shared_units, keys.shape[-2] // UNIT
         self._reserve_units(first + reserve // UNIT)
-        chosen = self._encode(keys, values, self.records[:, :, first : first + units])
-        need = Readback(self._exact_need(chosen, units)[None])
-        need.send()
-        self._unfinished = _Unfinished(chosen, keys, values, self.packed, self.lengths[0, 0].clone(), need)
-        self.lengths[:, 0] += units
+        before = self.lengths.new_full((), self.packed // UNIT)  # `lengths` follow when all is packed
+        chosen = self._encode(keys, values, before, self.records[:, :, first : first + units])
+        secondary = Readback(chosen.secondary)
+        secondary.send()
+        self._unfinished = _Unfinished(chosen, keys, values, self.packed, before, secondary)
         self.packed, self.encoded = self.packed + units * UNIT, False
         if not waits_later(keys.device):
             self.finish()
@@ -317,20 +317,15 @@ class Segment:
         if last is None:
             return
         with self.watched(), plain_arithmetic(self.records.device):
-            self.reserve_exact(last.need.read()[0])
+            self.reserve_exact(max(last.secondary.read()) + self.config.sinks)
             self._store(last.chosen, last.before, last.keys, last.values)
         self._unfinished = None
 
-    def _encode(self, keys: Tensor, values: Tensor, records: Tensor) -> exact.ExactTokens:
-        """Write keys and values [B, H, T, D] of the next units to records [B, H, T / 128, *], and choose what stays exact."""
-        before = self.lengths[0, 0]
+    def _encode(self, keys: Tensor, values: Tensor, before: Tensor, records: Tensor) -> exact.ExactTokens:
+        """Write keys and values [B, H, T, D] of the units after `before` [] int32 to records [B, H, T / 128, *], and choose what stays exact."""
         encoded = encode_units(self.codec, keys, values, before, self.start, records, self.encode_kernels)
         choose = exact_cuda.choose_exact if self.encode_kernels else exact.choose_exact
         return choose(self.codec, self.config, encoded, before, self.start, self.secondary, records)
-
-    def _exact_need(self, chosen: exact.ExactTokens, units: int) -> Tensor:
-        """Entries that the exact store needs once the next `units` are packed, a tensor of one int64."""
-        return exact.entries_used(self.lengths[0, 0] + units, self.start, chosen.secondary, self.config.sinks).max()
 
     def _store(self, chosen: exact.ExactTokens, before: Tensor, keys: Tensor, values: Tensor) -> None:
         """Copy the chosen tokens of units, keys and values [B, H, T, D], to the exact store; `before`: [] int32, units in front of them."""
@@ -347,7 +342,7 @@ class Segment:
         have = self.records.shape[2]
         if need > have:
             size = grown_units(have, need, self.ahead, None if self.expected is None else self.expected - self._shared_units * UNIT)
-            self.records = _grow(self.records, 2, size, fill=0)
+            self.records = _grow(self.records, 2, size)
             self.move = next(_moves)
         return need > have
 
@@ -441,7 +436,7 @@ class _Unfinished:
         keys, values: [B, H, T, D], the units' tokens.
         first: Slot of the first of them.
         before: [] int32, units in front, for launches.
-        need: Entries that the exact store needs then.
+        secondary: Exact tokens besides the sinks then, on their way to the host.
     """
 
     chosen: exact.ExactTokens
@@ -449,7 +444,7 @@ class _Unfinished:
     values: Tensor
     first: int
     before: Tensor
-    need: Readback
+    secondary: Readback
 
 
 def waits_later(device: torch.device) -> bool:
@@ -473,9 +468,11 @@ def grown_units(have: int, need: int, ahead: int, expected: int | None) -> int:
     return max(need + ahead, more if expected is None else min(more, expected // UNIT))
 
 
-def _grow(tensor: Tensor, dim: int, size: int, fill: int) -> Tensor:
-    shape = list(tensor.shape)
+def _grow(tensor: Tensor, dim: int, size: int, fill: int | None = None) -> Tensor:
+    """`tensor` with more room along `dim`; `fill`: what it is filled with, None for nothing."""
+    shape, have = list(tensor.shape), tensor.shape[dim]
     shape[dim] = size
-    out = tensor.new_full(shape, fill)
-    out.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+    out = tensor.new_empty(shape) if fill is None else tensor.new_full(shape, fill)
+    if have:
+        out.narrow(dim, 0, have).copy_(tensor)
     return out

@@ -293,7 +293,7 @@ def test_an_encoded_block_counts_when_it_is_stored(codec: LayerCodec) -> None:
             packed = segment.packed
             segment.update(*token)
             if segment is early and segment.packed > packed:
-                assert need == (segment.exact_slots >= 0).sum(-1).max() and not segment.encoded
+                assert need == (segment.exact_slots >= 0).sum(-1).max() and not segment.encoded  # all sinks are real tokens
     assert early.packed == late.packed == 2 * UNIT
     for name in ("exact_slots", "exact_keys", "lengths", "secondary"):
         assert torch.equal(getattr(early, name), getattr(late, name))
