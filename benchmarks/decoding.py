@@ -3,7 +3,8 @@
     python benchmarks/decoding.py --out FILE [--shape NAME] [--suite NAME] [--memory GB]
 
 Models have random bfloat16 weights and the shapes of well-known ones: speed and memory do not depend on values. The codec is that of made-up spectra, with
-records of the usual size. Everything goes through `model.generate`, so the whole step counts, transformers' own loop included. Caches:
+records of the usual size. `--model` takes a real one instead, calibrates it and lets it read Python's own source. Everything goes through
+`model.generate`, so the whole step counts, transformers' own loop included. Caches:
 
 - `dynamic`: transformers' DynamicCache with `scaled_dot_product_attention`;
 - `static, compiled`: transformers' StaticCache, for which `generate` compiles the model and captures CUDA graphs;
@@ -21,8 +22,8 @@ Suites, all by default:
 - `prompt`: prompts of 2,048 and 32,768 tokens, read whole, and 32,768 in pieces of 4,096;
 - `peak`: the most memory beside the weights for 32,768 tokens x 12, read in pieces, and what `engine.memory_plan` says of packed caches.
 
-In all suites but the last two caches are filled with random keys and values, and `token_ms` is the mean of 160 tokens behind 32 that are not counted. Then
-captures and compilation are over; blocks that leave the window are counted.
+In all suites but the last two caches are filled with random keys and values (a real model's with its own), and `token_ms` is the mean of 160 tokens behind
+32 that are not counted. Then captures and compilation are over; blocks that leave the window are counted.
 """
 
 import argparse
@@ -44,13 +45,16 @@ from shapes import SHAPES, THETA, random_model
 from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessor, PretrainedConfig, QuantizedCache, StaticCache
 
+from spectralquant import SpectralQuantEngine
 from spectralquant.attention.hf import register
 from spectralquant.cache.hf import SpectralCache
+from spectralquant.cli.models import load_model
 from spectralquant.codec.codec import LayerCodec, build_codec
 from spectralquant.compat import cache_argument
 from spectralquant.config import CacheConfig, Dials
 from spectralquant.errors import ConfigError
 from spectralquant.evaluation.runner import write_json
+from spectralquant.evaluation.texts import read_text, tokenise
 from spectralquant.follow_up import install_generate
 from spectralquant.memory import MemoryPlan, Planner, measure_forward
 from spectralquant.presets import PRESETS
@@ -59,6 +63,7 @@ from spectralquant.rope import Rotary
 
 PIECE, LONG, FILL = 4096, 32_768, 65_536
 WARM, TOKENS = 32, 160
+TEXT = "stdlib:argparse,typing,decimal,datetime"
 REPEATS = 3
 CONTEXTS, BATCHES = (512, 2048, 8192, 32_768, 131_072), (1, 8, 12)
 PACKED = {"packed": {}, "packed, compiled": {"compile_steps": True}, "packed, no graph": {"cuda_graphs": False}}
@@ -90,14 +95,33 @@ class Ticks(LogitsProcessor):
 
 
 class Bench:
-    """One model, and its caches under test."""
+    """One model, and its caches under test.
 
-    def __init__(self, config: PretrainedConfig, preset: str, device: torch.device) -> None:
-        self.config, self.device, self.model = config, device, random_model(config, device)
-        install_generate(self.model)
-        self.heads, self.dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        profile = made_up_profile(config.num_hidden_layers, self.heads, self.dim)
-        self.codec: dict[int, LayerCodec] = build_codec(profile, PRESETS[preset], Dials(), device, "joint")
+    Args:
+        model: A causal language model.
+        codec: Its layers' codecs, of one preset.
+        text: Token ids [1, T] that prompts are made of, again and again; None: random ones.
+    """
+
+    def __init__(self, model: Any, codec: dict[int, LayerCodec], text: torch.Tensor | None = None) -> None:
+        self.model, self.codec, self.text = model, codec, text
+        self.config, self.device = model.config, model.device
+        self.heads, self.dim = self.config.num_key_value_heads, self.config.hidden_size // self.config.num_attention_heads
+        install_generate(model)
+
+    @classmethod
+    def of_shape(cls, config: PretrainedConfig, preset: str, device: torch.device) -> "Bench":
+        """Random weights and made-up spectra."""
+        profile = made_up_profile(config.num_hidden_layers, config.num_key_value_heads, config.hidden_size // config.num_attention_heads)
+        return cls(random_model(config, device), build_codec(profile, PRESETS[preset], Dials(), device, "joint"))
+
+    @classmethod
+    def of_model(cls, name: str, preset: str) -> "Bench":
+        """A real model, calibrated here, with Python's own source as text."""
+        model, tokenizer, _ = load_model(name)
+        engine = SpectralQuantEngine(compression=preset)
+        engine.calibrate(model, tokenizer)
+        return cls(model, engine.profile_codec(model), tokenise(tokenizer, read_text(TEXT)).to(model.device))
 
     def cache(self, kind: str, room: int = 0) -> Any:
         """An empty one; a static one has `room` for so many tokens."""
@@ -109,9 +133,12 @@ class Bench:
         return StaticCache(config=self.config, max_cache_len=room) if kind == "static, compiled" else DynamicCache(config=self.config)
 
     def filled(self, kind: str, context: int, batch: int, room: int, shared: bool = False) -> Any:
-        """A cache of random keys and values. A packed one holds the same sequence `batch` times, or once for all rows where `shared`: it packs one."""
+        """A cache of random keys and values, of the text's where there is one. A packed one holds the same sequence `batch` times, or once for all rows where
+        `shared`: it packs one."""
         cache, rows, piece = self.cache(kind, room), 1 if kind in PACKED else batch, FILL if kind in PACKED else context
-        for first in range(0, context, piece):
+        for ids in self.ids(rows, context).split(PIECE, 1) if self.text is not None else ():
+            self.model(ids, **cache_argument(self.model, cache), use_cache=True, logits_to_keep=1)
+        for first in range(0, context, piece) if self.text is None else ():
             for layer in range(self.config.num_hidden_layers):
                 shape = (2, rows, self.heads, min(piece, context - first), self.dim)
                 cache.update(*torch.randn(shape, device=self.device, dtype=torch.bfloat16), layer)
@@ -127,6 +154,8 @@ class Bench:
         self.model.generate(ids, attention_mask=torch.ones_like(ids), **cache_argument(self.model, cache), **fixed, **options)
 
     def ids(self, batch: int, count: int) -> torch.Tensor:
+        if self.text is not None:
+            return self.text.repeat(1, -(-count // self.text.shape[1]))[:, :count].expand(batch, -1)
         make = torch.Generator().manual_seed(1)
         return torch.randint(3, self.config.vocab_size - 1, (1, count), generator=make).to(self.device).expand(batch, -1)
 
@@ -236,12 +265,12 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cuda" and args.memory < torch.cuda.mem_get_info(device)[1]:
         torch.cuda.set_per_process_memory_fraction(args.memory / torch.cuda.mem_get_info(device)[1], device)
     kinds = tuple(kind for kind in args.kind or KINDS if kind not in HQQ or find_spec("hqq"))
-    bench = Bench(SHAPES[args.shape], args.preset, device)
+    bench = Bench.of_model(args.model, args.preset) if args.model else Bench.of_shape(SHAPES[args.shape], args.preset, device)
     document: dict[str, Any] = {
         "command": command_line("decoding", argv),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers")}},
-        "shape": args.shape, "preset": args.preset, "tokens": TOKENS, "memory_bytes": args.memory, "rows": [],
+        "shape": Path(args.model).stem if args.model else args.shape, "preset": args.preset, "tokens": TOKENS, "memory_bytes": args.memory, "rows": [],
     }  # fmt: skip
     lines = [(suite, *line) for suite in args.suite or SUITES for line in lines_of(suite, bench, kinds, args)]
     for suite, name, measure in tqdm(lines, desc="decoding", unit="line"):
@@ -257,6 +286,7 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="llama-3.1-8b", help="whose shape the model has (default llama-3.1-8b)")
+    parser.add_argument("--model", metavar="NAME", help="a real model instead: a folder, a GGUF file or a hub name; it is calibrated first")
     parser.add_argument("--preset", choices=list(PRESETS), default="high")
     parser.add_argument("--suite", action="append", choices=SUITES, help="measure these alone (may be repeated)")
     parser.add_argument("--kind", action="append", choices=KINDS, help="measure these caches alone (may be repeated)")

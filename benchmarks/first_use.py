@@ -40,7 +40,7 @@ def load_all(shape: str) -> list[dict[str, Any]]:
 
     compiler._load_new = timed
     torch.cuda.synchronize()
-    bench = Bench(SHAPES[shape], "high", torch.device("cuda", 0))
+    bench = Bench.of_shape(SHAPES[shape], "high", torch.device("cuda", 0))
     ids = torch.randint(3, 1000, (1, 20_000), device="cuda")
     bench.generate(bench.cache("packed"), ids, 140, prefill_chunk_size=8192)  # 140 tokens, so that a block leaves the window
     torch.cuda.synchronize()

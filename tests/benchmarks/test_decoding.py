@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import TinyTokenizer, tiny_model
 
+from spectralquant.corpus import get_default_calibration_texts
 from spectralquant.errors import ConfigError
 
 
@@ -46,12 +48,22 @@ def test_every_cache_and_suite_is_measured(script: Any, tmp_path: Path) -> None:
 
 
 def test_a_filled_cache_holds_what_was_asked_for(script: Any) -> None:
-    bench = script.Bench(script.SHAPES["tiny"], "high", script.torch.device("cpu"))
+    bench = script.Bench.of_shape(script.SHAPES["tiny"], "high", script.torch.device("cpu"))
     for kind in ("dynamic", "static, compiled", "packed"):
         cache = bench.filled(kind, 1000, 3, 1100)
         assert int(cache.get_seq_length()) == 1000
     segment, shared = (bench.filled("packed", 1000, 3, 1100, of).coded_layers[1].segment for of in (False, True))
     assert segment.records.shape[0] == 3 and segment.prefix is None and shared.prefix.is_one and segment.packed == shared.packed == 768
+
+
+def test_a_model_of_its_own_reads_a_text(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: TinyTokenizer) -> None:
+    """It is calibrated, and caches hold what it made of the text."""
+    calibrate, texts = script.SpectralQuantEngine.calibrate, get_default_calibration_texts(12)
+    monkeypatch.setattr(script, "load_model", lambda name: (tiny_model("llama"), tokenizer, "tiny"))
+    monkeypatch.setattr(script.SpectralQuantEngine, "calibrate", lambda engine, model, tok: calibrate(engine, model, tok, texts, progress=False))
+    kinds = [f"--kind={kind}" for kind in ("dynamic", "static, compiled", "packed")]
+    rows = run(script, tmp_path, "--model=folder/tiny.gguf", "--suite=contexts", "--suite=batches", *kinds)
+    assert len(rows) == 6 and all(row["token_ms"] > 0 for row in rows) and json.loads((tmp_path / "decoding.json").read_text())["shape"] == "tiny"
 
 
 @pytest.mark.parametrize("kind", ["hqq, 4 bits", "hqq, 2 bits"])
