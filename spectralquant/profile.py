@@ -153,6 +153,11 @@ class Profile:
             detail = "; ".join(f"{k}: file has {self.model.get(k)!r}, model has {fingerprint.get(k)!r}" for k in sorted(wrong))
             raise ProfileError(f"this calibration was made for another model ({detail}); calibrate this model instead")
 
+    def require_encoder(self) -> None:
+        """Raise ProfileError unless the profile names the modules of an encoder (see `integrations.encoder`)."""
+        if not isinstance(self.model.get("modules"), list):
+            raise ProfileError("this calibration is a language model's, not an encoder's; load it with SpectralQuant.load_calibration")
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file aside, then rename it: a crash never leaves half a file. Returns the path, with `.safetensors` added if missing."""
         target = with_suffix(path)

@@ -32,7 +32,7 @@ DEFAULT_LONGEST = 2048
 """Positions of a model whose configuration does not say."""
 TOKENS_PER_DIMENSION = 4
 """With fewer tokens per head dimension, covariances are shrunken (`spectrum.shrink`) and the user is told."""
-OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "proj", "linear_o")
 
 
 @dataclass(slots=True)
@@ -73,6 +73,18 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """
     model = unwrapped(model)
     text = model.config.get_text_config(decoder=True)
+    _known[model] = {
+        "architecture": type(model).__name__,
+        "layers": getattr(text, "num_hidden_layers", None),
+        "hidden_size": getattr(text, "hidden_size", None),
+        "query_heads": getattr(text, "num_attention_heads", None),
+        "weights": weights_digest(model),
+    }
+    return _known[model]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A hash over the signs of up to 64 values of every parameter, see `fingerprint`."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = _stored(model, name, parameter).detach().flatten()
@@ -80,14 +92,7 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         if flat.is_floating_point() and flat.device.type != "meta":
             sample = flat[:: max(len(flat) // 64, 1)][:64]
             digest.update((sample > 0).cpu().numpy().tobytes())
-    _known[model] = {
-        "architecture": type(model).__name__,
-        "layers": getattr(text, "num_hidden_layers", None),
-        "hidden_size": getattr(text, "hidden_size", None),
-        "query_heads": getattr(text, "num_attention_heads", None),
-        "weights": digest.hexdigest()[:32],
-    }
-    return _known[model]
+    return digest.hexdigest()[:32]
 
 
 def known_fingerprint(model: Any) -> dict[str, Any]:
@@ -96,7 +101,7 @@ def known_fingerprint(model: Any) -> dict[str, Any]:
     return _known.get(model) or fingerprint(model)
 
 
-def _stored(model: PreTrainedModel, name: str, parameter: Tensor) -> Tensor:
+def _stored(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
     """The values of `parameter`, also of one that accelerate keeps elsewhere between two passes, and of one that stands for codes."""
     module, _, leaf = name.rpartition(".")
     weights = getattr(getattr(model.get_submodule(module), "_hf_hook", None), "weights_map", None)
