@@ -25,6 +25,10 @@ class UnsupportedModelError(SpectralQuantError, NotImplementedError):
     """The model has nothing this package can compress, or a layer it can't be right about; the text names it."""
 
 
+class NotSupportedError(UnsupportedModelError):
+    """A kind of attention that can't be computed from codes; the text says why."""
+
+
 class DependencyError(SpectralQuantError, ImportError):
     """A package that this one needs is installed in a release that is too old."""
 

@@ -1,6 +1,26 @@
-"""Vision, video, protein and audio encoders with attention on coded keys and values."""
+"""Vision, video, protein and audio encoders with attention on coded keys and values, and the original's names for language models. docs/encoders.md"""
 
+from spectralquant.errors import NotSupportedError as NotSupportedError
 from spectralquant.integrations.adapters import ProjectionAdapter as ProjectionAdapter
+from spectralquant.integrations.audio import apply_to_audio as apply_to_audio
+from spectralquant.integrations.audio import calibrate_audio as calibrate_audio
 from spectralquant.integrations.calls import AttentionAdapter as AttentionAdapter
 from spectralquant.integrations.calls import AttentionCall as AttentionCall
 from spectralquant.integrations.encoder import EncoderEngine as EncoderEngine
+from spectralquant.integrations.language import apply_spectralquant_to_llama as apply_spectralquant_to_llama
+from spectralquant.integrations.language import apply_spectralquant_to_mistral as apply_spectralquant_to_mistral
+from spectralquant.integrations.language import apply_spectralquant_to_model as apply_spectralquant_to_model
+from spectralquant.integrations.language import apply_spectralquant_to_qwen as apply_spectralquant_to_qwen
+from spectralquant.integrations.language import compress_prefill_cache as compress_prefill_cache
+from spectralquant.integrations.language import generate_with_compressed_cache as generate_with_compressed_cache
+from spectralquant.integrations.language import prefill_compress as prefill_compress
+from spectralquant.integrations.protein import apply_to_alphafold as apply_to_alphafold
+from spectralquant.integrations.protein import apply_to_alphafold_evoformer as apply_to_alphafold_evoformer
+from spectralquant.integrations.protein import apply_to_alphafold_ipa as apply_to_alphafold_ipa
+from spectralquant.integrations.protein import apply_to_esm as apply_to_esm
+from spectralquant.integrations.protein import calibrate_alphafold as calibrate_alphafold
+from spectralquant.integrations.protein import calibrate_esm as calibrate_esm
+from spectralquant.integrations.video import apply_to_videomae as apply_to_videomae
+from spectralquant.integrations.video import calibrate_videomae as calibrate_videomae
+from spectralquant.integrations.vision import apply_to_vit as apply_to_vit
+from spectralquant.integrations.vision import calibrate_vit as calibrate_vit

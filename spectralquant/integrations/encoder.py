@@ -27,13 +27,15 @@ from spectralquant.integrations.coded import coded_attention
 from spectralquant.integrations.statistics import Recorder
 from spectralquant.integrations.taps import Taps, tap, tapped
 from spectralquant.presets import CompressionPreset, resolve_preset
-from spectralquant.profile import Choices, Profile, load_profile
+from spectralquant.profile import Choices, Profile, SideProfile, load_profile
 
 Inputs = Iterable[Any] | Callable[[Any], Any]
 """Batches, each a mapping of the model's arguments, a tensor, or a tuple of positional ones; or a function that runs the model."""
 CHOICES = Choices(run=0, trajectory=False, token_weights=False, planes_first=True, exact_below=0.0, exact_error=0.0, add_mass=False)
 """The plain frame, and no token kept for its error: tokens of an encoder are seen once."""
 WIDTHS = (2, 4, 6, 8)
+LEAST_VARIANCE = 0.01
+"""Of a coordinate under equal widths, as a share of the mean."""
 _taps: WeakKeyDictionary[nn.Module, Taps] = WeakKeyDictionary()
 
 
@@ -122,11 +124,10 @@ class EncoderEngine:
         model, names = unwrapped(model), self.profile.model["modules"]
         self.profile.require_model(_fingerprint(model, names))
         device, out = next(model.parameters()).device, {}
-        # A stored gain has steps of 9 %. Beside coarse codes that is little, and a value's length is best kept; fine codes are best taken for the stored gain.
-        choices = replace(self.profile.choices, value_gain="search") if self.dials.any_set else self.profile.choices
-        for dim in sorted({layer.head_dim for layer in self.profile.layers.values()}):
-            layers = {i: layer for i, layer in self.profile.layers.items() if layer.head_dim == dim}
-            built = build_codec(replace(self.profile, layers=layers, choices=choices), self.preset, self.dials, device, "uniform")
+        profile = _for_fine_codes(self.profile) if self.dials.any_set else self.profile
+        for dim in sorted({layer.head_dim for layer in profile.layers.values()}):
+            layers = {i: layer for i, layer in profile.layers.items() if layer.head_dim == dim}
+            built = build_codec(replace(profile, layers=layers), self.preset, self.dials, device, "uniform")
             out |= {names[i]: codec for i, codec in built.items()}
         return out
 
@@ -188,6 +189,20 @@ _NOTHING_SEEN = (
     "attention modules that says where queries, keys, values, mask and scale are (spectralquant.integrations.AttentionAdapter, or ProjectionAdapter for "
     "modules of plain projections)"
 )
+
+
+def _for_fine_codes(profile: Profile) -> Profile:
+    """`profile` for codes of equal width.
+
+    A stored gain has steps of 9 %. Beside coarse codes that is little, and a value's length is best kept; fine codes are best taken for the stored gain.
+    And where no coordinate has to go without bits, those that calibration saw little of may have some range: other inputs may use them.
+    """
+
+    def with_range(side: SideProfile) -> SideProfile:
+        return replace(side, variance=torch.maximum(side.variance, LEAST_VARIANCE * side.variance.mean(-1, keepdim=True)))
+
+    layers = {i: replace(layer, key=with_range(layer.key), value=with_range(layer.value)) for i, layer in profile.layers.items()}
+    return replace(profile, layers=layers, choices=replace(profile.choices, value_gain="search"))
 
 
 def prefix_tokens(model: nn.Module) -> int:

@@ -33,7 +33,7 @@ def proteins() -> dict[str, Tensor]:
 def sam() -> nn.Module:
     config = t.SamVisionConfig(
         hidden_size=64, num_attention_heads=2, num_hidden_layers=3, output_channels=16, image_size=64, patch_size=4, window_size=5, global_attn_indexes=[1],
-        mlp_dim=96,
+        mlp_dim=96, initializer_range=0.1,
     )  # fmt: skip
     return t.SamVisionModel(config)
 
@@ -99,6 +99,16 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor
         lambda: {"input_values": torch.randn(2, 8000)},
     ),
 }  # fmt: skip
+
+
+def build(family: str) -> Any:
+    """In evaluation mode; tokens and positions that begin as zeros are not zero."""
+    model = FAMILIES[family][0]().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.any() and not name.endswith(".bias"):
+                parameter.normal_(0.0, 0.1)
+    return model
 
 
 def outputs(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from encoders import FAMILIES, outputs
+from encoders import FAMILIES, build, outputs
 
 from spectralquant.integrations import EncoderEngine
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(family: str) -> None:
-    build, inputs = FAMILIES[family]
-    model, engine = build().eval(), EncoderEngine(bits=8)
+    inputs = FAMILIES[family][1]
+    model, engine = build(family), EncoderEngine(bits=8)
     seen = engine.calibrate(model, [inputs() for _ in range(3)])
     batch = inputs()
     want = outputs(model, batch)
