@@ -9,6 +9,7 @@ from statistics import mean
 
 import pytest
 import transformers
+from encoders import FAMILIES, build
 from tiny_models import TinyTokenizer
 from transformers import PreTrainedModel
 
@@ -38,6 +39,20 @@ def test_python_blocks_run_in_order(page: str, llama: PreTrainedModel, tokenizer
         llama.__dict__.pop("generate", None)
         llama.__dict__.pop("_spectralquant", None)
         llama.set_attn_implementation(before)
+
+
+def test_the_page_of_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code runs, and its figures are those of the result file."""
+    page, (inputs, model) = "docs/encoders.md", (FAMILIES["ViT"][1], build("ViT"))
+    monkeypatch.chdir(tmp_path)
+    names = {"model": model, "batches": [inputs()], "batch": inputs()}
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), names)  # our own page
+    assert names["output"].logits.shape == (3, 2) and (tmp_path / "my-encoder.safetensors").is_file()
+    rows = json.loads((ROOT / "benchmarks/results/encoder-memory-cpu.json").read_text(encoding="utf-8"))["rows"]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for row, label in zip((rows[0], rows[1], rows[3]), ("logits in full", "`scaled_dot_product_attention`", "coded, `high`"), strict=True):
+        assert f"| {label} | {row['peak_bytes'] / 1e6:,.0f} MB | {row['held_bytes'] / 1e6:.1f} MB |" in text
 
 
 @pytest.mark.parametrize("page", [*PAGES, "docs/evaluation.md"])

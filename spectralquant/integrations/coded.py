@@ -16,8 +16,8 @@ from spectralquant.codec.packed import plain_arithmetic, without_gradient
 from spectralquant.codec.units import decode_units, encode_units
 from spectralquant.integrations.calls import AttentionCall
 
-TILE, QUERIES = 2048, 1024
-"""Tokens decoded and queries taken at a time, at most."""
+TILE, QUERIES = 2048, 512
+"""Tokens coded or decoded and queries taken at a time, at most; the former a multiple of 128."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +65,25 @@ class CodedTokens:
 
 
 def code(codec: LayerCodec, key: Tensor, value: Tensor, exact: int = 0) -> CodedTokens:
-    """Code keys and values [B, H, T, D]; the first `exact` tokens of every sequence stay as they are (and are coded as well)."""
+    """Code keys and values [B, H, T, D], a tile at a time; the first `exact` tokens of every sequence stay as they are (and are coded as well)."""
     batch, heads, length, dim = key.shape
     count = batch * length
-    keys, values = (pad(x.transpose(0, 1).reshape(1, heads, count, dim).float(), (0, 0, 0, -count % UNIT)) for x in (key, value))
-    records = torch.empty((1, heads, keys.shape[2] // UNIT, codec.layout.record_bytes), dtype=torch.uint8, device=key.device)
-    none = torch.zeros(1, dtype=torch.int64, device=key.device)
+    keys, values = (x.transpose(0, 1).reshape(1, heads, count, dim) for x in (key, value))
+    records = torch.empty((1, heads, -(-count // UNIT), codec.layout.record_bytes), dtype=torch.uint8, device=key.device)
+    for first in range(0, count, TILE):
+        tile = slice(first, first + TILE)
+        _code_tile(codec, keys[:, :, tile], values[:, :, tile], records[:, :, first // UNIT : -(-min(first + TILE, count) // UNIT)])
+    return CodedTokens(codec, records, key.shape, key[:, :, :exact].clone(), value[:, :, :exact].clone())
+
+
+def _code_tile(codec: LayerCodec, keys: Tensor, values: Tensor, records: Tensor) -> None:
+    """Write tokens [1, H, n, D] to whole units; in the plain frame it does not matter which."""
+    keys, values = (pad(x.float(), (0, 0, 0, -x.shape[2] % UNIT)) for x in (keys, values))
+    none = torch.zeros(1, dtype=torch.int64, device=keys.device)
     encoded = encode_units(codec, keys, values, none[0].int(), none, records, kernels=False)
     _, key_gains, _, value_gains = codec.layout.split(records)
     for to, gains in ((key_gains, encoded.gains), (value_gains, encoded.value_gains)):
         to.copy_(pack_gains(gains.unflatten(2, (-1, UNIT))))
-    return CodedTokens(codec, records, key.shape, key[:, :, :exact].clone(), value[:, :, :exact].clone())
 
 
 def coded_attention(call: AttentionCall, codec: LayerCodec, exact: int = 0) -> Tensor:
@@ -107,12 +115,14 @@ def _attend_rows(query: Tensor, mask: Tensor | None, scale: float, tokens: Coded
     tiles = [(0, length)] if rows.stop - rows.start > 1 else [(t, min(t + TILE, length)) for t in range(0, length, TILE)]
     blocks = [slice(q, q + QUERIES) for q in range(0, query.shape[2], QUERIES)]
     states = [_Sums(query[:, :, block]) for block in blocks]
+    room = query.new_empty(query.shape[:2].numel() * min(QUERIES, query.shape[2]) * min(TILE, length), dtype=torch.float32)  # one for all logits
     for first, last in tiles:
         key, value = tokens.decode(rows, first, last)
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
         for block, state in zip(blocks, states, strict=True):
-            scores = query[:, :, block].float() @ key.mT * scale
+            part = query[:, :, block].float() * scale
+            scores = torch.matmul(part, key.mT, out=room[: part.shape[:3].numel() * key.shape[2]].view(*part.shape[:3], -1))
             state.add(_masked(scores, mask, block, slice(first, last)), value)
     return torch.cat([state.result() for state in states], 2).to(query.dtype)
 
