@@ -10,7 +10,10 @@ from pathlib import Path
 import nox
 
 RELEASES = ["4.56.2", "4.57.6", "5.0.0", "5.17.0", "newest"]
-CONTRACT = ["tests/cache/test_hf.py", "tests/attention/test_hf.py", "tests/attention/test_dispatch.py", "tests/generation", "tests/test_families.py"]
+CONTRACT = [
+    "tests/cache/test_hf.py", "tests/attention/test_hf.py", "tests/attention/test_dispatch.py", "tests/generation", "tests/test_families.py",
+    "tests/integrations",
+]  # fmt: skip
 OTHERS = ["--ignore=tests/generation/test_long.py", "--deselect=tests/generation/test_modes.py::test_compiled_models", "-m", "not real and not gpu"]
 """What takes long and differs little between releases: long texts, compilation, real models and kernels."""
 

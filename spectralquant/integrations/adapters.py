@@ -112,6 +112,27 @@ class FoldingTrunkAdapter:
         return module.o_proj(merged), None
 
 
+class SwinAdapter:
+    """SwinSelfAttention of transformers before it attended by the interface: windows [B W, T, C] with relative positions, and a mask [W, T, T] where windows
+    shift."""
+
+    _projections = ProjectionAdapter("SwinSelfAttention", "query", "key", "value", heads="num_attention_heads")
+
+    def takes(self, module: nn.Module) -> bool:
+        return self._projections.takes(module)
+
+    def call(self, module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> AttentionCall:
+        length = hidden_states.shape[1]
+        table = module.relative_position_bias_table[module.relative_position_index.flatten()]
+        bias = table.unflatten(0, (length, length)).permute(2, 0, 1)[None]
+        if attention_mask is not None:
+            bias = bias + attention_mask.repeat(len(hidden_states) // len(attention_mask), 1, 1)[:, None]
+        return self._projections.call(module, hidden_states, bias)
+
+    def result(self, module: Any, out: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return heads_merged(out), None
+
+
 class SamAdapter:
     """transformers' SamVisionAttention, in windows or whole, on states [B, h, w, C], with relative positions along both axes."""
 
@@ -147,5 +168,5 @@ class TimmAdapter:
         return module.proj_drop(module.proj(getattr(module, "norm", nn.Identity())(heads_merged(out))))
 
 
-ADAPTERS: tuple[AttentionAdapter, ...] = (TimesformerAdapter(), SamAdapter(), TimmAdapter(), OpenFoldAdapter(), FoldingTrunkAdapter())
+ADAPTERS: tuple[AttentionAdapter, ...] = (TimesformerAdapter(), SwinAdapter(), SamAdapter(), TimmAdapter(), OpenFoldAdapter(), FoldingTrunkAdapter())
 """Those that every engine has."""
