@@ -6,18 +6,18 @@ A quarter of the scans, drawn by the seed, is the test set. Training shifts the 
 from collections.abc import Iterator
 
 import torch
-from base import HEADS, Batch, Split, Task, random_stream
+from base import SMALL, Batch, Split, Task, random_stream
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PretrainedConfig, ViTConfig, ViTForImageClassification
 
-SIDE, CLASSES, BATCH = 8, 10, 64
+SIDE, CLASSES, BATCH = 8, 10, 32
 NOISE = 0.1
 
 
 def config() -> PretrainedConfig:
-    return ViTConfig(**HEADS, num_hidden_layers=3, image_size=SIDE, patch_size=1, num_channels=1, num_labels=CLASSES)
+    return ViTConfig(**SMALL, num_hidden_layers=3, image_size=SIDE, patch_size=1, num_channels=1, num_labels=CLASSES)
 
 
 def split_digits(split: Split, seed: int) -> tuple[Tensor, Tensor]:
@@ -52,4 +52,4 @@ def as_batch(scans: Tensor, digits: Tensor) -> Batch:
     return {"pixel_values": (2 * scans - 1)[:, None], "labels": digits}
 
 
-DIGITS = Task("digits", ViTForImageClassification, config, batches, steps=450, learning_rate=2e-3)
+DIGITS = Task("digits", ViTForImageClassification, config, batches, steps=1600, learning_rate=2e-3)

@@ -10,7 +10,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the folder of the other benchmarks
 
-from calibration import command_line  # noqa: E402
+from calibration import command_line
 
 
 def describe(script: str, argv: list[str]) -> dict[str, Any]:

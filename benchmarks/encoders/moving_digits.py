@@ -8,22 +8,22 @@ nothing of the motion, and a clip played backwards is one of the opposite class.
 from collections.abc import Iterator
 
 import torch
-from base import HEADS, Batch, Split, Task, endless_or, random_stream
+from base import SMALL, Batch, Split, Task, endless_or, random_stream
 from digits import split_digits
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PretrainedConfig, VideoMAEConfig, VideoMAEForVideoClassification
 
-SIDE, PATCH, FRAMES, TUBELET, BATCH = 16, 4, 8, 2, 64
+SIDE, PATCH, FRAMES, TUBELET, BATCH = 16, 4, 8, 2, 32
 DIRECTIONS = torch.tensor([(-1, 0), (1, 0), (0, -1), (0, 1)])
 """Up, down, left, right, as steps along rows and columns; 2 d and 2 d + 1 are opposites."""
 CLASSES = 10 * len(DIRECTIONS)
-NOISE, TEST_BATCHES = 0.15, 24
+NOISE, TEST_BATCHES = 0.05, 48
 
 
 def config() -> PretrainedConfig:
     video = {"image_size": SIDE, "patch_size": PATCH, "num_frames": FRAMES, "tubelet_size": TUBELET, "num_channels": 1, "num_labels": CLASSES}
-    return VideoMAEConfig(**HEADS, **video, num_hidden_layers=3)
+    return VideoMAEConfig(**SMALL, **video, num_hidden_layers=3)
 
 
 def clips(scans: Tensor, directions: Tensor, starts: Tensor) -> Tensor:
@@ -44,4 +44,4 @@ def batches(split: Split, seed: int) -> Iterator[Batch]:
         yield {"pixel_values": video[:, :, None], "labels": digits[rows] * len(DIRECTIONS) + directions}
 
 
-MOVING_DIGITS = Task("moving-digits", VideoMAEForVideoClassification, config, batches, steps=600, learning_rate=2e-3)
+MOVING_DIGITS = Task("moving-digits", VideoMAEForVideoClassification, config, batches, steps=1800, learning_rate=2e-3)

@@ -3,20 +3,21 @@
 A family has a motif and a contact distance. A sequence of a family:
 
 - has 48 to 112 residues, drawn from a composition like that of real proteins;
-- is cut into blocks as long as the family's distance d; residue i of blocks 0, 2, 4, ... is in contact with residue i + d of the next block, which is
-  its partner under a table: charges attract, large meets small, cysteines bind. The table is its own inverse. One contact in 20 is broken;
-- carries its family's motif twice, written over what was there at random places. A partner of an overwritten residue is free.
+- is a chain of contacts: residue i + d, where d is the family's distance, is the partner of residue i under a table: charges attract, large meets small,
+  cysteines bind. The table is its own inverse, so that either of two tells the other. One contact in 10 is broken: its later residue is drawn anew;
+- carries its family's motif twice, written over what was there at random places, which breaks those residues' contacts too.
 
-So a masked residue follows from one 12 to 24 places away, on a side that the position tells and at a distance that the motif tells. Tokens and masks are
-those of ESM-2; 15 % of the residues that have a partner or are in a motif are masked. Shorter sequences of a batch are padded.
+So a masked residue follows from those 12 to 24 places away on both sides, at a distance that the motif tells. Tokens and masks are those of ESM-2; 15 % of
+the residues that are in a contact or a motif are masked. Shorter sequences of a batch are padded.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from base import HEADS, IGNORED, Batch, Split, Task, endless_or, random_stream
+from base import SMALL, IGNORED, Batch, Split, Task, endless_or, random_stream
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import EsmConfig, EsmForMaskedLM, PretrainedConfig
 
 RESIDUES = "LAGVSERTIDPKQNFYMHWC"
@@ -28,27 +29,28 @@ CONTACTS = ("KE", "RD", "LA", "IG", "FV", "YS", "WT", "MP", "QN", "HH", "CC")
 """Who meets whom, either way."""
 FAMILIES = (("GKSTHW", 12), ("CPHCWN", 16), ("DFGWQM", 20), ("RGDYPN", 24))
 """Motif and contact distance."""
-COPIES, BROKEN, MASKED = 2, 0.05, 0.15
-SHORTEST, LONGEST, BATCH, TEST_BATCHES = 48, 112, 32, 24
+COPIES, BROKEN, MASKED = 2, 0.1, 0.15
+SHORTEST, LONGEST, BATCH, TEST_BATCHES = 48, 112, 16, 48
 
 
 @dataclass(frozen=True, slots=True)
 class Protein:
-    """Residues [L] as numbers in RESIDUES; contact [L], the place of each one's partner or -1; in_motif [L]."""
+    """Residues [L] as numbers in RESIDUES; the contact distance; contact [L], whether a residue is the partner of the one so far before; in_motif [L]."""
 
     residues: Tensor
+    distance: int
     contact: Tensor
     in_motif: Tensor
 
     @property
     def maskable(self) -> Tensor:
         """[L]: what the rest of the sequence tells."""
-        return (self.contact >= 0) | self.in_motif
+        return self.contact | pad(self.contact[self.distance :], (0, self.distance)) | self.in_motif
 
 
 def config() -> PretrainedConfig:
     tokens = {"vocab_size": VOCABULARY, "mask_token_id": MASK, "pad_token_id": PAD, "max_position_embeddings": LONGEST + 4}
-    return EsmConfig(**HEADS, **tokens, num_hidden_layers=4, position_embedding_type="rotary", token_dropout=True)
+    return EsmConfig(**SMALL, **tokens, num_hidden_layers=3, position_embedding_type="rotary", token_dropout=True)
 
 
 def numbers(residues: str) -> Tensor:
@@ -68,19 +70,19 @@ def draw_protein(family: int, random: torch.Generator) -> Protein:
     motif, distance = FAMILIES[family]
     length = int(torch.randint(SHORTEST, LONGEST + 1, (1,), generator=random))
     residues = torch.multinomial(torch.tensor(SHARES), length, replacement=True, generator=random)
-    place = torch.arange(length)
-    first = place[(place // distance % 2 == 0) & (place + distance < length)]
-    first = first[torch.rand(len(first), generator=random) >= BROKEN]
-    contact = torch.full((length,), -1)
-    contact[first], contact[first + distance] = first + distance, first
-    residues[first + distance] = partners()[residues[first]]
+    contact = (torch.arange(length) >= distance) & (torch.rand(length, generator=random) >= BROKEN)
+    for start in range(distance, length, distance):
+        here = slice(start, min(start + distance, length))
+        before = residues[start - distance : here.stop - distance]
+        residues[here] = torch.where(contact[here], partners()[before], residues[here])
     in_motif = torch.zeros(length, dtype=torch.bool)
     for copy in range(COPIES):  # one in each part of the sequence, so that they don't overlap
         part = length // COPIES
         start = copy * part + int(torch.randint(part - len(motif) + 1, (1,), generator=random))
         residues[start : start + len(motif)], in_motif[start : start + len(motif)] = numbers(motif), True
-    contact[in_motif | ((contact >= 0) & in_motif[contact])] = -1
-    return Protein(residues, contact, in_motif)
+    contact &= ~in_motif
+    contact[distance:] &= ~in_motif[:-distance]
+    return Protein(residues, distance, contact, in_motif)
 
 
 def as_batch(proteins: list[Protein], random: torch.Generator) -> Batch:
@@ -104,4 +106,4 @@ def batches(split: Split, seed: int) -> Iterator[Batch]:
         yield as_batch([draw_protein(family, random) for family in families], random)
 
 
-PROTEIN = Task("protein", EsmForMaskedLM, config, batches, steps=700, learning_rate=3e-3)
+PROTEIN = Task("protein", EsmForMaskedLM, config, batches, steps=1200, learning_rate=2e-3)

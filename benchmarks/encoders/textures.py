@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from base import HEADS, Batch, Split, Task, endless_or, random_stream
+from base import SMALL, Batch, Split, Task, endless_or, random_stream
 from torch import Tensor
 from transformers import PretrainedConfig, ViTConfig, ViTForImageClassification
 
@@ -18,13 +18,13 @@ ORIENTATIONS, BANDS = 4, (0.14, 0.24)
 CLASSES = ORIENTATIONS * len(BANDS)
 WIDTH, SPREAD = 0.06, 0.45
 """Standard deviations of a filter: cycles per pixel along the frequency, radians across the orientation."""
-NOISE, COVERED = 1.1, 14
+NOISE, COVERED = 1.6, 14
 """Standard deviation of white noise beside a texture of 1; side of the patch of another class."""
 TEST_BATCHES = 24
 
 
 def config() -> PretrainedConfig:
-    return ViTConfig(**HEADS, num_hidden_layers=3, image_size=SIDE, patch_size=PATCH, num_channels=1, num_labels=CLASSES)
+    return ViTConfig(**SMALL, num_hidden_layers=3, image_size=SIDE, patch_size=PATCH, num_channels=1, num_labels=CLASSES)
 
 
 def filters() -> Tensor:
