@@ -94,20 +94,22 @@ def answer(model: PreTrainedModel, task: Task, batch: Batch) -> Answer:
 
 
 @torch.no_grad()
-def compare(model: PreTrainedModel, engine: Any, trained: Trained) -> dict[str, Any]:
-    """The figures of one row. Batches are met one by one: nothing is kept but what the means need."""
-    sums: dict[str, list[Tensor]] = {"uncoded": [], "coded": [], "cosine": [], "kl": []}
-    for batch in trained.task.batches("test", trained.seed):
-        want = answer(model, trained.task, batch)
-        with engine.applied_to(model):
-            got = answer(model, trained.task, batch)
-        sums["uncoded"].append(want.right)
-        sums["coded"].append(got.right)
-        sums["cosine"].append(torch.cosine_similarity(want.hidden.double(), got.hidden.double(), dim=-1))
-        sums["kl"].append((want.logp.exp() * (want.logp - got.logp)).sum(-1))
-    mean = {name: float(torch.cat(values).mean()) for name, values in sums.items()}
-    accuracies = {"accuracy_uncoded": mean["uncoded"], "accuracy_coded": mean["coded"], "accuracy_difference": mean["coded"] - mean["uncoded"]}
-    return {"scored": sum(map(len, sums["kl"])), **accuracies, "cosine": mean["cosine"], "kl": mean["kl"]}
+def compare(model: PreTrainedModel, engine: EncoderEngine, trained: Trained) -> dict[str, Any]:
+    """The figures of one row."""
+
+    def answers() -> list[Answer]:
+        return [answer(model, trained.task, batch) for batch in trained.task.batches("test", trained.seed)]
+
+    plain = answers()
+    with engine.applied_to(model):
+        coded = answers()
+    accuracies = [float(torch.cat([a.right for a in found]).mean()) for found in (plain, coded)]
+    cosine = torch.cat([torch.cosine_similarity(want.hidden.double(), got.hidden.double(), dim=-1) for want, got in zip(plain, coded, strict=True)])
+    kl = torch.cat([(want.logp.exp() * (want.logp - got.logp)).sum(-1) for want, got in zip(plain, coded, strict=True)])
+    return {
+        "scored": len(kl), "accuracy_uncoded": accuracies[0], "accuracy_coded": accuracies[1], "accuracy_difference": accuracies[1] - accuracies[0],
+        "cosine": float(cosine.mean()), "kl": float(kl.mean()),
+    }  # fmt: skip
 
 
 def measure(trained: Trained, setting: str, calibration: int) -> dict[str, Any]:

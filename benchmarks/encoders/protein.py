@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from base import SMALL, IGNORED, Batch, Split, Task, endless_or, random_stream
+from base import IGNORED, SMALL, Batch, Split, Task, endless_or, random_stream
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import EsmConfig, EsmForMaskedLM, PretrainedConfig
