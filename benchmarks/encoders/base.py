@@ -68,7 +68,7 @@ def random_stream(split: Split, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(2 * seed + (split == "test"))
 
 
-def endless_or(split: Split, test_batches: int) -> Iterator[int]:
+def batch_numbers(split: Split, test_batches: int) -> Iterator[int]:
     """Numbers of batches: for ever in training, `test_batches` of them in the test set."""
     number = 0
     while split == "train" or number < test_batches:

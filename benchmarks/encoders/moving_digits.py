@@ -8,7 +8,7 @@ nothing of the motion, and a clip played backwards is one of the opposite class.
 from collections.abc import Iterator
 
 import torch
-from base import SMALL, Batch, Split, Task, endless_or, random_stream
+from base import SMALL, Batch, Split, Task, batch_numbers, random_stream
 from digits import split_digits
 from torch import Tensor
 from torch.nn.functional import pad
@@ -36,7 +36,7 @@ def clips(scans: Tensor, directions: Tensor, starts: Tensor) -> Tensor:
 
 def batches(split: Split, seed: int) -> Iterator[Batch]:
     random, (scans, digits) = random_stream(split, seed), split_digits(split, seed)
-    for _ in endless_or(split, TEST_BATCHES):
+    for _ in batch_numbers(split, TEST_BATCHES):
         rows = torch.randint(len(digits), (BATCH,), generator=random)
         directions = torch.randint(len(DIRECTIONS), (BATCH,), generator=random)
         video = clips(scans[rows], directions, torch.randint(SIDE, (BATCH, 2), generator=random))

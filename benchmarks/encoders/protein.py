@@ -3,19 +3,19 @@
 A family has a motif and a contact distance. A sequence of a family:
 
 - has 48 to 112 residues, drawn from a composition like that of real proteins;
-- is a chain of contacts: residue i + d, where d is the family's distance, is the partner of residue i under a table: charges attract, large meets small,
-  cysteines bind. The table is its own inverse, so that either of two tells the other. One contact in 10 is broken: its later residue is drawn anew;
+- is a chain of contacts: residue i + d, where d is the family's distance, is the partner of residue i under a table: charges attract, cysteines bind, the
+  rest is made up. The table is its own inverse, so that either of two tells the other. One contact in 10 is broken: its later residue is drawn anew;
 - carries its family's motif twice, written over what was there at random places, which breaks those residues' contacts too.
 
-So a masked residue follows from those 12 to 24 places away on both sides, at a distance that the motif tells. Tokens and masks are those of ESM-2; 15 % of
-the residues that are in a contact or a motif are masked. Shorter sequences of a batch are padded.
+So a masked residue follows from those 12 to 24 places away on both sides, at a distance that the motif tells. Tokens are those of ESM-2; 15 % of the
+residues that are in a contact or a motif are masked. Shorter sequences of a batch are padded.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from base import IGNORED, SMALL, Batch, Split, Task, endless_or, random_stream
+from base import IGNORED, SMALL, Batch, Split, Task, batch_numbers, random_stream
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import EsmConfig, EsmForMaskedLM, PretrainedConfig
@@ -101,7 +101,7 @@ def as_batch(proteins: list[Protein], random: torch.Generator) -> Batch:
 
 def batches(split: Split, seed: int) -> Iterator[Batch]:
     random = random_stream(split, seed)
-    for _ in endless_or(split, TEST_BATCHES):
+    for _ in batch_numbers(split, TEST_BATCHES):
         families = torch.randint(len(FAMILIES), (BATCH,), generator=random).tolist()
         yield as_batch([draw_protein(family, random) for family in families], random)
 

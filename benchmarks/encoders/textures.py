@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from base import SMALL, Batch, Split, Task, endless_or, random_stream
+from base import SMALL, Batch, Split, Task, batch_numbers, random_stream
 from torch import Tensor
 from transformers import PretrainedConfig, ViTConfig, ViTForImageClassification
 
@@ -65,7 +65,7 @@ def images(labels: Tensor, gains: Tensor, random: torch.Generator) -> Tensor:
 
 def batches(split: Split, seed: int) -> Iterator[Batch]:
     random, gains = random_stream(split, seed), filters()
-    for _ in endless_or(split, TEST_BATCHES):
+    for _ in batch_numbers(split, TEST_BATCHES):
         labels = torch.randint(CLASSES, (BATCH,), generator=random)
         yield {"pixel_values": images(labels, gains, random)[:, None], "labels": labels}
 

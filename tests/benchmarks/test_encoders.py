@@ -107,8 +107,8 @@ def one_hot_logits(labels: Tensor, classes: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_seed_decides_everything(scripts: SimpleNamespace, name: str) -> None:
-    task = scripts.tasks.TASKS[name]
+def test_a_seed_decides_everything(small: SimpleNamespace, name: str) -> None:
+    task = small.tasks.TASKS[name]
     weights = [torch.cat([p.flatten() for p in task.build(seed).parameters()]) for seed in (1, 1, 2)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     for split in ("train", "test"):
@@ -123,10 +123,10 @@ def test_a_seed_decides_everything(scripts: SimpleNamespace, name: str) -> None:
 def test_training_lowers_the_loss(scripts: SimpleNamespace, name: str) -> None:
     """On one batch again and again, which a model that learns at all learns by heart."""
     task = scripts.tasks.TASKS[name]
-    batch = {k: v[:16] for k, v in first(task, "train", 0).items()}
+    batch = {k: v[:8] for k, v in first(task, "train", 0).items()}
     model = task.build(0)
-    losses = scripts.train.train(replace(task, batches=lambda split, seed: repeat(batch)), model, 0, 30)
-    assert len(losses) == 30 and losses[-1] < 0.6 * losses[0]
+    losses = scripts.train.train(replace(task, batches=lambda split, seed: repeat(batch)), model, 0, 24)
+    assert len(losses) == 24 and losses[-1] < 0.6 * losses[0]
     assert not model.training
 
 
@@ -288,9 +288,9 @@ def test_calibration_reads_training_data_without_labels(small: SimpleNamespace, 
 def test_the_engine_serves_every_kind_of_model(small: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     """No double: codes change what a model says, and those of 8 bits hardly do."""
     monkeypatch.setattr(small.measure, "EncoderEngine", EncoderEngine)
-    small.train.main([f"--task={name}", "--seed=0", f"--out={tmp_path}", "--steps=20"])
+    small.train.main([f"--task={name}", "--seed=0", f"--out={tmp_path}", "--steps=5"])
     (trained,) = small.measure.trained_models(tmp_path)
-    coarse, fine = (small.measure.measure(trained, setting, 8) for setting in ("max", "8 bits"))
+    coarse, fine = (small.measure.measure(trained, setting, 4) for setting in ("max", "8 bits"))
     assert fine["cosine"] > 0.9999 and 0 < fine["kl"] < coarse["kl"] and coarse["cosine"] < fine["cosine"]
 
 
