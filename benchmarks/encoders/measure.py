@@ -5,6 +5,8 @@
 FOLDER is what train.py filled. Every model (task x seed) meets every setting: the presets `standard`, `high` and `max`, and `8 bits`. It is calibrated on
 batches of its training data and measured on its test set. A row has
 
+- key_bits, value_bits: of a coordinate, on average, without the gains. Records come in steps of 16 planes, so that presets may be the same codes where
+  heads are small: at heads of 32 `standard`, `high` and `max` are;
 - accuracy_uncoded, accuracy_coded, accuracy_difference: shares of scored labels (images, clips or masked residues), and coded minus uncoded;
 - cosine: between final hidden states (the last of `hidden_states`) of the two, mean over tokens that aren't padding;
 - kl: KL(uncoded || coded) of the distributions over classes or tokens in nats, mean over scored labels.
@@ -115,7 +117,13 @@ def compare(model: PreTrainedModel, engine: EncoderEngine, trained: Trained) -> 
 def measure(trained: Trained, setting: str, calibration: int) -> dict[str, Any]:
     model, engine = trained.task.load(trained.folder), EncoderEngine(**SETTINGS[setting])
     engine.calibrate(model, calibration_batches(trained, calibration))
-    return {"task": trained.task.name, "seed": trained.seed, "setting": setting, **compare(model, engine, trained)}
+    return {"task": trained.task.name, "seed": trained.seed, "setting": setting, **code_bits(model, engine), **compare(model, engine, trained)}
+
+
+def code_bits(model: PreTrainedModel, engine: EncoderEngine) -> dict[str, float]:
+    """Planes have 2 bits; all modules of a model have one layout here."""
+    layout, dim = next(iter(engine.codecs(model).values())).layout, model.config.hidden_size // model.config.num_attention_heads
+    return {"head_dim": dim, "key_bits": 2 * layout.key_planes / dim, "value_bits": 2 * layout.value_planes / dim}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from scipy.stats import t as student
 
+CODES = ("head_dim", "key_bits", "value_bits")
+"""The same for all seeds of a task and setting."""
 FIGURES = ("accuracy_uncoded", "accuracy_coded", "accuracy_difference", "cosine", "kl")
 Row = dict[str, Any]
 
@@ -26,7 +28,7 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         groups.setdefault((row["task"], row["setting"]), []).append(row)
     return [
-        {"task": task, "setting": setting, "seeds": len(group), **{name: interval([row[name] for row in group]) for name in FIGURES}}
+        {"task": task, "setting": setting, "seeds": len(group), **{k: group[0][k] for k in CODES}, **{k: interval([row[k] for row in group]) for k in FIGURES}}
         for (task, setting), group in groups.items()
     ]
 
@@ -48,7 +50,8 @@ def verdict(difference: Row) -> str:
 
 def table(summary: Sequence[Row]) -> str:
     """Per cents of accuracy, cosine and KL, each with half its interval."""
-    lines = [f"{'task':<14} {'setting':<9} {'seeds':>5} {'uncoded %':>15} {'coded %':>15} {'difference':>15} {'cosine':>17} {'KL, nats':>21}"]
+    columns = f"{'uncoded %':>15} {'coded %':>15} {'difference':>15} {'cosine':>17} {'KL, nats':>21}"
+    lines = [f"{'task':<14} {'setting':<9} {'seeds':>5} {'K bits':>6} {'V bits':>6} {columns}"]
     for row in summary:
         accuracies = (f"{told(row[name], 100, 2):>15}" for name in FIGURES[:3])
         lines.append(

@@ -41,6 +41,9 @@ class Double:
         self.seen = list(batches)
         model(**self.seen[0])
 
+    def codecs(self, model: nn.Module) -> dict[str, Any]:
+        return {"first": SimpleNamespace(layout=SimpleNamespace(key_planes=48, value_planes=32))}
+
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         assert self.seen, "applied before calibration"
@@ -265,6 +268,7 @@ def test_train_then_measure(small: SimpleNamespace, tmp_path: Path, capsys: pyte
     assert [(r["task"], r["seed"]) for r in document["rows"]] == [k for k in sorted(trained) for _ in range(4)]
     for row in document["rows"]:
         assert row["accuracy_uncoded"] == pytest.approx(trained[row["task"], row["seed"]]["accuracy"])
+        assert (row["head_dim"], row["key_bits"], row["value_bits"]) == (32, 3.0, 2.0)
         assert row["accuracy_difference"] == pytest.approx(row["accuracy_coded"] - row["accuracy_uncoded"])
         assert (row["cosine"] == pytest.approx(1, abs=1e-9)) == (row["setting"] == "8 bits")
         assert (row["kl"] == pytest.approx(0, abs=1e-12)) == (row["setting"] == "8 bits")
@@ -291,6 +295,7 @@ def test_the_engine_serves_every_kind_of_model(small: SimpleNamespace, monkeypat
     small.train.main([f"--task={name}", "--seed=0", f"--out={tmp_path}", "--steps=5"])
     (trained,) = small.measure.trained_models(tmp_path)
     coarse, fine = (small.measure.measure(trained, setting, 4) for setting in ("max", "8 bits"))
+    assert (fine["key_bits"], fine["value_bits"]) == (8, 8) and coarse["key_bits"] < 4
     assert fine["cosine"] > 0.9999 and 0 < fine["kl"] < coarse["kl"] and coarse["cosine"] < fine["cosine"]
 
 
@@ -323,7 +328,7 @@ def test_intervals_are_student_s(scripts: SimpleNamespace) -> None:
 
 def test_claims_say_what_the_interval_says(scripts: SimpleNamespace) -> None:
     differences = {"up": [0.010, 0.011, 0.012], "down": [-0.010, -0.011, -0.012], "either": [-0.01, 0.0, 0.011], "one": [0.5]}
-    figures = dict.fromkeys(scripts.summary.FIGURES, 0.0)
+    figures = dict.fromkeys((*scripts.summary.CODES, *scripts.summary.FIGURES), 0.0)
     rows = [{**figures, "task": "t", "setting": k, "seed": i, "accuracy_difference": v} for k, vs in differences.items() for i, v in enumerate(vs)]
     summary = scripts.summary.summarise(rows)
     (claim,) = scripts.summary.claims(summary)
