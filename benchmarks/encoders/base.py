@@ -19,7 +19,7 @@ SMALL: dict[str, Any] = {
     "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 192, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     "initializer_range": 0.1,
 }  # fmt: skip
-"""The width that all models here have: heads of 32, the smallest size that can be coded, and weights that are as large at the start as suits it."""
+"""What models here have unless they say so: heads of 32, the smallest size that can be coded, and weights that are as large at the start as suits them."""
 
 
 @dataclass(frozen=True, slots=True)
