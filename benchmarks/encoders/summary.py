@@ -54,9 +54,8 @@ def table(summary: Sequence[Row]) -> str:
     lines = [f"{'task':<14} {'setting':<9} {'seeds':>5} {'K bits':>6} {'V bits':>6} {columns}"]
     for row in summary:
         accuracies = (f"{told(row[name], 100, 2):>15}" for name in FIGURES[:3])
-        lines.append(
-            f"{row['task']:<14} {row['setting']:<9} {row['seeds']:>5} {' '.join(accuracies)} {told(row['cosine'], 1, 5):>17} {told(row['kl'], 1, 6):>21}"
-        )
+        what = f"{row['task']:<14} {row['setting']:<9} {row['seeds']:>5} {row['key_bits']:>6.2f} {row['value_bits']:>6.2f}"
+        lines.append(f"{what} {' '.join(accuracies)} {told(row['cosine'], 1, 5):>17} {told(row['kl'], 1, 6):>21}")
     return "\n".join(lines)
 
 

@@ -328,14 +328,15 @@ def test_intervals_are_student_s(scripts: SimpleNamespace) -> None:
 
 def test_claims_say_what_the_interval_says(scripts: SimpleNamespace) -> None:
     differences = {"up": [0.010, 0.011, 0.012], "down": [-0.010, -0.011, -0.012], "either": [-0.01, 0.0, 0.011], "one": [0.5]}
-    figures = dict.fromkeys((*scripts.summary.CODES, *scripts.summary.FIGURES), 0.0)
+    figures = {**dict.fromkeys(scripts.summary.FIGURES, 0.0), "head_dim": 64, "key_bits": 2.0, "value_bits": 2.5}
     rows = [{**figures, "task": "t", "setting": k, "seed": i, "accuracy_difference": v} for k, vs in differences.items() for i, v in enumerate(vs)]
     summary = scripts.summary.summarise(rows)
     (claim,) = scripts.summary.claims(summary)
     shows = {setting: row["shows"] for setting, row in claim["accuracy_difference"].items()}
     assert shows == {"up": "better", "down": "worse", "either": "no difference beyond noise", "one": "nothing: one seed"}
     lines = scripts.summary.table(summary).splitlines()
-    assert len(lines) == 5 and "1.10 +-0.25" in lines[1] and "50.00" in lines[4]
+    assert len(lines) == 5 and all(len(line) == len(lines[0]) and "2.00   2.50" in line for line in lines[1:])
+    assert "1.10 +-0.25" in lines[1] and "50.00" in lines[4]
 
 
 @pytest.mark.parametrize(
