@@ -11,8 +11,8 @@ batches of its training data and measured on its test set. A row has
 - cosine: between final hidden states (the last of `hidden_states`) of the two, mean over tokens that aren't padding;
 - kl: KL(uncoded || coded) of the distributions over classes or tokens in nats, mean over scored labels.
 
-The summary has means over seeds with 95 % intervals (Student's t), paired by seed where it is a difference; `claims` says per task whether coding made a
-model better, worse or neither. FILE is written after every row.
+The summary has means over seeds with 95 % intervals (Student's t), paired by seed where it is a difference. `claims` says per task and setting whether coding
+made a model better, worse or neither; these are many intervals, of which one in twenty leaves out zero by chance. FILE is written after every row.
 """
 
 import argparse
