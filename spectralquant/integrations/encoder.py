@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spectralquant.calibration.fit import fit_profile
 from spectralquant.calibration.hf import TOKENS_PER_DIMENSION, ModelStatistics, unwrapped, weights_digest
 from spectralquant.codec.budget import require_head_dim
-from spectralquant.codec.codec import LayerCodec, build_codec
+from spectralquant.codec.codec import LayerCodec, build_codec, place_codecs
 from spectralquant.config import Dials, require_int
 from spectralquant.errors import CalibrationError, ConfigError, UnsupportedModelError
 from spectralquant.integrations.adapters import ADAPTERS
@@ -79,18 +79,20 @@ class EncoderEngine:
             {modules, tokens, head_dims}: how many modules and tokens, and their head sizes.
 
         Raises:
+            ConfigError: An engine is applied to the model.
             UnsupportedModelError: No attention was seen, or a head size can't be coded.
             CalibrationError: `inputs` has nothing, or too few tokens.
         """
-        model = unwrapped(model)
+        model = _free(model)
         names = {module: name for name, module in model.named_modules()}
-        recorder, training = Recorder(names), model.training
+        recorder, training = Recorder(names), [module for module in names if module.training]
         model.eval()
         try:
             with tapped(model, names, recorder, self.adapters), torch.no_grad():
                 batches = _run(model, inputs)
         finally:
-            model.train(training)
+            for module in training:
+                module.training = True
         if not batches:
             raise CalibrationError("inputs has no batch; bring some that are like those the model will see")
         self.profile = self._fit(model, recorder)
@@ -123,12 +125,13 @@ class EncoderEngine:
             raise CalibrationError("this engine has no calibration; call calibrate(model, inputs) or load(path) first")
         model, names = unwrapped(model), self.profile.model["modules"]
         self.profile.require_model(_fingerprint(model, names))
-        device, out = next(model.parameters()).device, {}
+        modules, out = [model.get_submodule(name) for name in names], {}
+        devices = {i: _device_of(module, model) for i, module in enumerate(modules)}
         profile = _for_fine_codes(self.profile) if self.dials.any_set else self.profile
         for dim in sorted({layer.head_dim for layer in profile.layers.values()}):
             layers = {i: layer for i, layer in profile.layers.items() if layer.head_dim == dim}
-            built = build_codec(replace(profile, layers=layers), self.preset, self.dials, device, "uniform")
-            out |= {names[i]: codec for i, codec in built.items()}
+            built = build_codec(replace(profile, layers=layers), self.preset, self.dials, _device_of(model, model), "uniform")
+            out |= {names[i]: codec for i, codec in place_codecs(built, devices).items()}
         return out
 
     def apply_to(self, model: nn.Module) -> nn.Module:
@@ -138,9 +141,7 @@ class EncoderEngine:
             ConfigError: An engine is applied to it already.
             CalibrationError, ProfileError: See `codecs`.
         """
-        model = unwrapped(model)
-        if model in _taps:
-            raise ConfigError(f"an engine is applied to this {type(model).__name__} already; call remove_from(model) first")
+        model = _free(model)
         exact = prefix_tokens(model) if self.exact_tokens is None else self.exact_tokens
         modules = {model.get_submodule(name): codec for name, codec in self.codecs(model).items()}
 
@@ -211,6 +212,19 @@ def prefix_tokens(model: nn.Module) -> int:
     return has_class + int(getattr(getattr(model, "config", None), "num_register_tokens", 0) or 0)
 
 
+def _free(model: nn.Module) -> nn.Module:
+    """`model` without wrappers; ConfigError if an engine is applied to it."""
+    model = unwrapped(model)
+    if model in _taps:
+        raise ConfigError(f"an engine is applied to this {type(model).__name__} already; call remove_from(model) first")
+    return model
+
+
+def _device_of(module: nn.Module, model: nn.Module) -> torch.device:
+    """Of a module's weights, or of the model's where it has none."""
+    return next((p.device for part in (module, model) for p in part.parameters()), torch.device("cpu"))
+
+
 def _fingerprint(model: nn.Module, names: list[str]) -> dict[str, Any]:
     return {"architecture": type(model).__name__, "modules": names, "weights": weights_digest(model)}
 
@@ -220,7 +234,7 @@ def _run(model: nn.Module, inputs: Inputs) -> int:
     if callable(inputs):
         inputs(model)
         return 1
-    count, move = 0, partial(_moved, device=next(model.parameters()).device)
+    count, move = 0, partial(_moved, device=_device_of(model, model))
     for batch in inputs:
         if isinstance(batch, Mapping):
             model(**{name: move(value) for name, value in batch.items()})

@@ -12,6 +12,8 @@ from spectralquant.integrations.calls import AttentionCall
 
 QUERIES = 256
 """Queries of a sequence that are looked at, spread over it."""
+HIDES = -1e4
+"""What is added to a logit to hide a key: this or less. Models take the least number of their dtype, or -1e9."""
 
 
 @dataclass(slots=True)
@@ -57,7 +59,7 @@ def visible(call: AttentionCall) -> Tensor:
     batch, _, length, _ = call.key.shape
     if call.mask is None:
         return torch.ones(batch * length, dtype=torch.bool, device=call.key.device)
-    shown = call.mask if call.mask.dtype == torch.bool else call.mask > torch.finfo(call.mask.dtype).min / 2
+    shown = call.mask if call.mask.dtype == torch.bool else call.mask > HIDES
     while shown.dim() < 4:
         shown = shown[None]
     return shown.any(2).any(1).expand(batch, length).flatten()

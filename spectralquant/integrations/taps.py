@@ -23,13 +23,17 @@ _handlers: WeakKeyDictionary[nn.Module, Handler] = WeakKeyDictionary()
 def tap(model: nn.Module, modules: Iterable[nn.Module], handler: Handler, adapters: Sequence[AttentionAdapter] = ()) -> "Taps":
     """Let `handler` answer the attention calls of those `modules` of `model` that make any."""
     taps = Taps(model)
-    for module in modules:
-        adapter = next((a for a in adapters if a.takes(module)), None)
-        if adapter is not None:
-            taps.adapt(module, adapter, handler)
-        _handlers[module] = handler
-        taps.modules.append(module)
-    taps.use_interface()
+    try:
+        for module in modules:
+            adapter = next((a for a in adapters if a.takes(module)), None)
+            if adapter is not None:
+                taps.adapt(module, adapter, handler)
+            _handlers[module] = handler
+            taps.modules.append(module)
+        taps.use_interface()
+    except BaseException:
+        taps.remove()
+        raise
     return taps
 
 

@@ -43,6 +43,8 @@ def test_only_the_model_it_is_applied_to_changes(vit: Any, batches: list[dict[st
     assert not torch.equal(outputs(vit, batches[0])[0], want) and torch.equal(outputs(other, batches[0])[0], want)
     with pytest.raises(ConfigError, match="remove_from"), EncoderEngine(bits=8).applied_to(vit):
         pass
+    with pytest.raises(ConfigError, match="remove_from"):
+        engine.calibrate(vit, batches)
     engine.remove_from(vit)
     engine.remove_from(vit)
     assert torch.equal(outputs(vit, batches[0])[0], want) and vit.config._attn_implementation == before
@@ -51,13 +53,15 @@ def test_only_the_model_it_is_applied_to_changes(vit: Any, batches: list[dict[st
 
 def test_calibration_and_faults_leave_the_model_as_it_was(vit: Any, batches: list[dict[str, Tensor]]) -> None:
     vit.train()
+    frozen = vit.vit.layernorm
+    frozen.eval()
     before = vit.config._attn_implementation
     with pytest.raises(ZeroDivisionError):
         EncoderEngine().calibrate(vit, (batches[0] if i else 1 / 0 for i in (1, 1, 0)))
     assert vit.training and vit.config._attn_implementation == before
     engine = EncoderEngine()
     engine.calibrate(vit, batches)
-    assert vit.training
+    assert vit.training and not frozen.training
     vit.eval()
     with pytest.raises(KeyError), engine.applied_to(vit):
         raise KeyError
