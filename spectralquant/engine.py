@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from spectralquant import application, prompts
+from spectralquant.attention.hf import register
 from spectralquant.cache.hf import SpectralCache, coded_layer_indices, layer_devices, model_device
 from spectralquant.calibration.hf import collect, known_fingerprint, unwrapped
 from spectralquant.clock import GenerationClock
@@ -110,6 +111,7 @@ class SpectralQuantEngine:
         """
         began, model = time.perf_counter(), unwrapped(model)
         self._check_model(model)
+        register()  # soft-caps are ours to apply: transformers' sdpa refuses or drops them
         samples = make_samples(tokenizer, calibration_texts, n_samples, token_budget(model.device))
         with tqdm(total=samples.tokens, unit="tok", desc="calibrating", disable=not progress) as bar:
             statistics = collect(model, samples.statistics, coded_layer_indices(model), _advance(bar))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spectralquant.attention.hf import register
 from spectralquant.cache.hf import coded_layer_indices
 from spectralquant.calibration.fit import fit_profile
 from spectralquant.calibration.hf import collect
@@ -73,6 +74,7 @@ class EigenspectralCalibrator:
     def calibrate(self, model: PreTrainedModel, tokenizer: Any, texts: list[str] | None = None) -> dict[str, Any]:
         """Run the model over `texts` (None: the bundled corpus) and return `summary()`."""
         samples = make_samples(tokenizer, texts, max_tokens=self.max_tokens)
+        register()  # soft-caps are ours to apply
         statistics = collect(model, samples.statistics, coded_layer_indices(model))
         choices = Choices(query_metric=False, output_metric=False, token_weights=False)
         self._profile = fit_profile(statistics, choices, {"tokens": statistics.tokens})

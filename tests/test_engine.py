@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import TinyTokenizer, tiny_model
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel, TextStreamer
+from transformers import AttentionInterface, MambaConfig, MambaForCausalLM, PreTrainedModel, TextStreamer
 
-from spectralquant import SpectralQuant, SpectralQuantEngine, get_default_calibration_texts
+from spectralquant import EigenspectralCalibrator, SpectralQuant, SpectralQuantEngine, get_default_calibration_texts
 from spectralquant.calibration.hf import fingerprint
 from spectralquant.errors import CalibrationError, ConfigError, ProfileError, ShapeError, UnsupportedModelError
 
@@ -34,6 +34,16 @@ def test_calibrate_returns_the_documented_keys_and_leaves_the_model(tokenizer: T
     assert (model.config._attn_implementation, model.training, fingerprint(model), model.config.use_cache) == before
     assert hooks == [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
     assert "generate" not in vars(model)
+
+
+@pytest.mark.parametrize("calibrator", [SpectralQuantEngine, EigenspectralCalibrator])
+def test_a_soft_capped_model_may_be_the_first_of_a_process(calibrator: Any, tokenizer: TinyTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our attention was not yet known to transformers then, and its sdpa refused the soft-cap, or dropped it in older releases."""
+    model, texts, seen = tiny_model("gemma2"), get_default_calibration_texts(12), []
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", {k: v for k, v in AttentionInterface._global_mapping.items() if k != "spectralquant"})
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", lambda *args, **kwargs: seen.append(kwargs))
+    calibrator().calibrate(model, tokenizer, texts)
+    assert not seen and "spectralquant" in AttentionInterface()
 
 
 def test_calibrate_is_deterministic(tokenizer: TinyTokenizer, tmp_path: Path) -> None:
