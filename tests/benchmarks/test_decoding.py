@@ -120,7 +120,12 @@ def test_results_that_are_shown_are_read(report: Any, tmp_path: Path, capsys: py
     results = [str(root / "benchmarks" / "results" / f"decoding-{suite}-h200.json") for suite in ("contexts", "batches", "peers", "prompt")]
     report.main([*results, f"--images={tmp_path}"])
     assert "| 512 | 1 | spectralquant, steps compiled | 6.7 |" in capsys.readouterr().out
-    assert "| 512 | 7.2 ms | 8.1 ms | 6.7 ms |" in (root / "docs" / "performance.md").read_text()
+    page = (root / "docs" / "performance.md").read_text()
+    assert "| 512 | 7.2 ms | 8.1 ms | 6.7 ms |" in page
+    rows = json.loads((root / "benchmarks" / "results" / "decoding-qwen-h200.json").read_text())["rows"]
+    by_cache = {row["cache"]: row for row in rows if row["context"] == 32_000}
+    times = [by_cache[c]["token_ms"] for c in ("dynamic", "hqq, 4 bits", "static, compiled", "packed", "packed, compiled")]
+    assert "| 32,000 | {:.0f} ms | {:.0f} ms | {:.1f} ms | {:.1f} ms | {:.1f} ms |".format(*times) in page
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"rows": []}', '{"rows": [{"us": 3}]}'])
