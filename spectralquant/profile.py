@@ -78,7 +78,7 @@ class LayerProfile:
         return self.key.mean.shape[1]
 
 
-GAINS = ("ls", "unbiased", "search")
+GAINS = ("ls", "unbiased", "search", "wide")
 """Ways to choose the stored gain, see `codec.codec`."""
 
 
@@ -90,7 +90,7 @@ class Choices:
         query_metric: K is coded in the metric of the logits, E[q^T q].
         output_metric: V is coded in the metric of the layer's output, W_O W_O^T.
         token_weights: Statistics of K and V weight tokens by how much their errors are felt.
-        key_gain, value_gain: "ls", "unbiased" or "search" (see `codec.codec`).
+        key_gain, value_gain: "ls", "unbiased", "search" or "wide" (see `codec.codec`).
         value_shift: Bits per element that V has more than K.
         planes_first: As many planes as the promise allows, exact tokens from what is left; else room for the exact tokens of calibration text first.
         exact_below: A token stays exact when its |v|^2 is below this share of the layer's median; 0 turns it off.

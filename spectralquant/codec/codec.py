@@ -11,7 +11,9 @@ constant matrix W [P, D], and attention can work on the planes themselves. W may
 - "unbiased": <z, z> / <z, q>, which makes <z, z^> = <z, z>: a mean-square quantizer returns shrunken values, and attention averages noise
   away but not shrinkage;
 - "search": stored gains have steps of 9 %, and a key whose length is off is off by that share of its largest logits. So codes are taken for
-  the gain that will be stored, for the least squares one and its neighbours, and the gain with the least |z - z^| is kept.
+  the gain that will be stored, for the least squares one and its neighbours, and the gain with the least |z - z^| is kept;
+- "wide": the same with two gains more: the least at which no coordinate is clipped, and the one halfway there. A vector that is far off in one
+  direction (a rare token's value in the first layer, which depends on the token alone) is clipped under all others. In no kernel.
 
 K of an anchored layer is coded as `k R(-t0)`, t0 the position of the first token of its run of `run` tokens, minus the trajectory
 mean `mean R(j)`, j the offset in the run. Computed in float32; 8-bit log gains cover 2^-15.9 .. 2^15.9.
@@ -27,7 +29,7 @@ from torch import Tensor
 from spectralquant.codebook import distortion_table
 from spectralquant.codec.budget import coordinate_bits, exact_bounds, plane_counts
 from spectralquant.codec.joint import JointPlanes, block_index, fit_codebooks
-from spectralquant.codec.layout import MAX_GAIN, UNIT, RecordLayout, gain_codes, gain_values
+from spectralquant.codec.layout import GAIN_STEPS, MAX_GAIN, UNIT, RecordLayout, gain_codes, gain_values
 from spectralquant.codec.quantizer import EPS, MAX_BITS, LloydMaxBits, Quantizer, build_quantizer, scalar_of
 from spectralquant.config import Dials
 from spectralquant.presets import CompressionPreset
@@ -71,7 +73,7 @@ class SideCodec:
         rms = ((u * u * kept).sum(-1, keepdim=True) / kept.sum(-1, keepdim=True)).sqrt().clamp_min(EPS)
         planes, levels = self.quantizer.quantize(u / rms)
         codes = gain_codes(self._gain(u * self.scale[:, None] * kept, levels * self.scale[:, None]).squeeze(-1))
-        return self._search(u, codes) if self.gain == "search" else (planes, codes)
+        return self._search(u, self._tried(u, codes.int())) if self.gain in ("search", "wide") else (planes, codes)
 
     def _gain(self, z: Tensor, shape: Tensor) -> Tensor:
         product = (z * shape).sum(-1, keepdim=True)
@@ -80,11 +82,20 @@ class SideCodec:
             return torch.where(product > 0, (z * z).sum(-1, keepdim=True) / cross, 0.0).clamp_min(EPS)
         return (cross / (shape * shape).sum(-1, keepdim=True).clamp_min(TINY)).clamp_min(EPS)
 
-    def _search(self, u: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Planes and gain codes of u [B, H, T, D] with the least error, near the gain codes `start` [B, H, T]."""
+    def _tried(self, u: Tensor, start: Tensor) -> list[Tensor]:
+        """Gain codes [B, H, T] to try for u [B, H, T, D], whose least squares ones are `start`."""
+        near = [start + step for step in NEAR_GAINS]
+        if self.gain == "search" or isinstance(self.quantizer, JointPlanes):
+            return near
+        unclipped = torch.where(self.quantizer.kept[:, None], u.abs() / self.quantizer.reach[:, None].clamp_min(EPS), 0.0).amax(-1)
+        farther = (gain_codes(unclipped.clamp_min(EPS) * 2 ** (0.5 / GAIN_STEPS)).int() - start).clamp_min(0)  # rounded up
+        return [*near, start + farther // 2, start + farther]
+
+    def _search(self, u: Tensor, tried: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Planes and gain codes of u [B, H, T, D] with the least error, of the gain codes `tried`, each [B, H, T]."""
         found = []
-        for step in NEAR_GAINS:
-            codes = (start.int() + step).clamp(1, MAX_GAIN).to(torch.uint8)
+        for codes in tried:
+            codes = codes.clamp(1, MAX_GAIN).to(torch.uint8)
             gain = gain_values(codes)[..., None]
             planes, levels = self.quantizer.quantize(u / gain)
             found.append((((levels * gain - u) * self.scale[:, None]).square().sum(-1), planes, codes))

@@ -57,10 +57,11 @@ class Encoding:
 
 
 def can_encode(codec: LayerCodec) -> bool:
-    """Whether the kernels know both sides' quantizers, and K's tells its error."""
+    """Whether the kernels know both sides' quantizers and gains, and K's tells its error."""
     value = codec.value.quantizer
     joint = isinstance(value, JointPlanes) and codec.value.gain != "search" and value.codebook.shape[2] > 1
-    return isinstance(codec.key.quantizer, UniformPlanes) and (isinstance(value, UniformPlanes) or joint)
+    known = codec.key.gain in _GAINS and codec.value.gain in _GAINS
+    return known and isinstance(codec.key.quantizer, UniformPlanes) and (isinstance(value, UniformPlanes) or joint)
 
 
 class FusedEncoder:

@@ -52,6 +52,11 @@ class UniformPlanes:
         """[H, D] bool: coordinates with at least one bit."""
         return self.step > 0
 
+    @property
+    def reach(self) -> Tensor:
+        """[H, D]: the largest level and half a step, beyond which a coordinate is clipped."""
+        return (self.top + 1) / 2 * self.step
+
     def quantize(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """u [B, H, T, D], unit variance -> planes [B, H, T, P] uint8, levels [B, H, T, D]."""
         step, top = self.step[:, None], self.top[:, None]
@@ -91,6 +96,11 @@ class LloydMaxBits:
     def kept(self) -> Tensor:
         """[H, D] bool: coordinates with at least one bit."""
         return self.width > 0
+
+    @property
+    def reach(self) -> Tensor:
+        """[H, D]: the largest level."""
+        return self.levels.amax(-1)[self.width]
 
     def quantize(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """u [B, H, T, D], unit variance -> planes [B, H, T, P] uint8, levels [B, H, T, D]."""

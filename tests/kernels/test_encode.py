@@ -173,6 +173,8 @@ def test_encode_of_zeros_and_huge_values(poison: None) -> None:
 def test_can_encode_says_what_the_kernels_know() -> None:
     assert not can_encode(make(quantizer="lloyd-max"))
     assert not can_encode(make(value_gain="search"))
+    assert can_encode(make(quantizer="uniform", value_gain="search")) and not can_encode(make(quantizer="uniform", value_gain="wide"))
+    assert not can_encode(make(quantizer="uniform", key_gain="wide"))
 
 
 def test_encode_units_writes_what_the_codec_says() -> None:
