@@ -6,6 +6,7 @@ from spectralquant.integrations.audio import apply_to_audio as apply_to_audio
 from spectralquant.integrations.audio import calibrate_audio as calibrate_audio
 from spectralquant.integrations.calls import AttentionAdapter as AttentionAdapter
 from spectralquant.integrations.calls import AttentionCall as AttentionCall
+from spectralquant.integrations.comparison import Comparison as Comparison
 from spectralquant.integrations.encoder import EncoderEngine as EncoderEngine
 from spectralquant.integrations.language import apply_spectralquant_to_llama as apply_spectralquant_to_llama
 from spectralquant.integrations.language import apply_spectralquant_to_mistral as apply_spectralquant_to_mistral

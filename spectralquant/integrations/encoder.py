@@ -4,10 +4,9 @@ An encoder keeps nothing between two calls, so no resident cache gets smaller he
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,17 +23,19 @@ from spectralquant.errors import CalibrationError, ConfigError, UnsupportedModel
 from spectralquant.integrations.adapters import ADAPTERS
 from spectralquant.integrations.calls import AttentionAdapter, AttentionCall
 from spectralquant.integrations.coded import coded_attention
+from spectralquant.integrations.comparison import Comparison, compare_outputs, main_output
+from spectralquant.integrations.inputs import Inputs, device_of, evaluating, run_model
 from spectralquant.integrations.statistics import Recorder
 from spectralquant.integrations.taps import Taps, tap, tapped
 from spectralquant.presets import CompressionPreset, resolve_preset
 from spectralquant.profile import Choices, Profile, SideProfile, load_profile
 
-Inputs = Iterable[Any] | Callable[[Any], Any]
-"""Batches, each a mapping of the model's arguments, a tensor, or a tuple of positional ones; or a function that runs the model."""
-CHOICES = Choices(run=0, trajectory=False, token_weights=False, planes_first=True, exact_below=0.0, exact_error=0.0, add_mass=False)
-"""The plain frame, and no token kept for its error: tokens of an encoder are seen once."""
+CHOICES = Choices(
+    run=0, trajectory=False, token_weights=False, planes_first=True, exact_below=0.0, exact_error=0.0, add_mass=False, key_gain="wide", value_gain="wide"
+)
+"""The plain frame, and no token kept for its error: tokens of an encoder are seen once. Tokens that stand apart get a gain that reaches them instead."""
 WIDTHS = (2, 4, 6, 8)
-LEAST_VARIANCE = 0.01
+LEAST_VARIANCE = 0.1
 """Of a coordinate under equal widths, as a share of the mean."""
 _taps: WeakKeyDictionary[nn.Module, Taps] = WeakKeyDictionary()
 
@@ -85,14 +86,9 @@ class EncoderEngine:
         """
         model = _free(model)
         names = {module: name for name, module in model.named_modules()}
-        recorder, training = Recorder(names), [module for module in names if module.training]
-        model.eval()
-        try:
-            with tapped(model, names, recorder, self.adapters), torch.no_grad():
-                batches = _run(model, inputs)
-        finally:
-            for module in training:
-                module.training = True
+        recorder = Recorder(names)
+        with evaluating(model), tapped(model, names, recorder, self.adapters):
+            batches = sum(1 for _ in run_model(model, inputs))
         if not batches:
             raise CalibrationError("inputs has no batch; bring some that are like those the model will see")
         self.profile = self._fit(model, recorder)
@@ -126,11 +122,11 @@ class EncoderEngine:
         model, names = unwrapped(model), self.profile.model["modules"]
         self.profile.require_model(_fingerprint(model, names))
         modules, out = [model.get_submodule(name) for name in names], {}
-        devices = {i: _device_of(module, model) for i, module in enumerate(modules)}
+        devices = {i: device_of(module, model) for i, module in enumerate(modules)}
         profile = _for_fine_codes(self.profile) if self.dials.any_set else self.profile
         for dim in sorted({layer.head_dim for layer in profile.layers.values()}):
             layers = {i: layer for i, layer in profile.layers.items() if layer.head_dim == dim}
-            built = build_codec(replace(profile, layers=layers), self.preset, self.dials, _device_of(model, model), "uniform")
+            built = build_codec(replace(profile, layers=layers), self.preset, self.dials, device_of(model), "uniform")
             out |= {names[i]: codec for i, codec in place_codecs(built, devices).items()}
         return out
 
@@ -168,6 +164,27 @@ class EncoderEngine:
         finally:
             self.remove_from(model)
 
+    def compare(self, model: nn.Module, inputs: Inputs) -> Comparison:
+        """Run the model on `inputs` twice, as it is and with coded keys and values, and compare its output. The model is left as it was.
+
+        Args:
+            model: The model that was calibrated.
+            inputs: See `Inputs`; other ones than those of the calibration, to learn something. All outputs are kept until the end.
+
+        Raises:
+            ConfigError: An engine is applied to the model, `inputs` has nothing, or the model's output has no vectors.
+            CalibrationError, ProfileError: See `codecs`.
+        """
+        model = _free(model)
+        inputs = inputs if callable(inputs) else list(inputs)
+        with evaluating(model):
+            plain = [main_output(batch, out) for batch, out in run_model(model, inputs)]
+            if not plain:
+                raise ConfigError("inputs has no batch; bring at least one to compare outputs on")
+            with self.applied_to(model):
+                coded = (main_output(batch, out)[1] for batch, out in run_model(model, inputs))
+                return compare_outputs(((want, got) for (_, want), got in zip(plain, coded, strict=True)), plain[0][0])
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the calibration as one .safetensors file; returns its path."""
         if self.profile is None:
@@ -193,17 +210,13 @@ _NOTHING_SEEN = (
 
 
 def _for_fine_codes(profile: Profile) -> Profile:
-    """`profile` for codes of equal width.
-
-    A stored gain has steps of 9 %. Beside coarse codes that is little, and a value's length is best kept; fine codes are best taken for the stored gain.
-    And where no coordinate has to go without bits, those that calibration saw little of may have some range: other inputs may use them.
-    """
+    """`profile` for codes of equal width: where no coordinate has to go without bits, those that calibration saw little of may have some range."""
 
     def with_range(side: SideProfile) -> SideProfile:
         return replace(side, variance=torch.maximum(side.variance, LEAST_VARIANCE * side.variance.mean(-1, keepdim=True)))
 
     layers = {i: replace(layer, key=with_range(layer.key), value=with_range(layer.value)) for i, layer in profile.layers.items()}
-    return replace(profile, layers=layers, choices=replace(profile.choices, value_gain="search"))
+    return replace(profile, layers=layers)
 
 
 def prefix_tokens(model: nn.Module) -> int:
@@ -220,31 +233,5 @@ def _free(model: nn.Module) -> nn.Module:
     return model
 
 
-def _device_of(module: nn.Module, model: nn.Module) -> torch.device:
-    """Of a module's weights, or of the model's where it has none."""
-    return next((p.device for part in (module, model) for p in part.parameters()), torch.device("cpu"))
-
-
 def _fingerprint(model: nn.Module, names: list[str]) -> dict[str, Any]:
     return {"architecture": type(model).__name__, "modules": names, "weights": weights_digest(model)}
-
-
-def _run(model: nn.Module, inputs: Inputs) -> int:
-    """Show the model all inputs; returns how many batches."""
-    if callable(inputs):
-        inputs(model)
-        return 1
-    count, move = 0, partial(_moved, device=_device_of(model, model))
-    for batch in inputs:
-        if isinstance(batch, Mapping):
-            model(**{name: move(value) for name, value in batch.items()})
-        elif isinstance(batch, (tuple, list)):
-            model(*map(move, batch))
-        else:
-            model(move(batch))
-        count += 1
-    return count
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

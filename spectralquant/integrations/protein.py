@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from spectralquant.errors import NotSupportedError
-from spectralquant.integrations.encoder import EncoderEngine, Inputs
-from spectralquant.integrations.inputs import processed
+from spectralquant.integrations.encoder import EncoderEngine
+from spectralquant.integrations.inputs import Inputs, processed
 
 _POINTS = "InvariantPointAttention"
 _WHY_NOT = (

@@ -14,7 +14,7 @@ def calibrate_vit(model: nn.Module, processor: Any, images: Iterable[Any], *, n_
 
     Args:
         model: A vision encoder, or a model around one.
-        processor: Its image processor; None where `images` are batches already, see `encoder.Inputs`.
+        processor: Its image processor; None where `images` are batches already, see `inputs.Inputs`.
         images: What the processor takes.
         n_calib: Use so many; None for all.
         batch_size: Images at a time.
