@@ -1,6 +1,5 @@
 """The example scripts, from their command lines, on a tiny model saved to a folder."""
 
-import importlib.util
 import json
 import math
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from example_scripts import script
 from tiny_models import tiny_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -17,17 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from spectralquant.evaluation.methods import METHODS, ours
 from spectralquant.presets import PRESETS
 
-FOLDER = Path(__file__).parents[2] / "examples"
 Row = dict[str, Any]
-
-
-def script(name: str) -> ModuleType:
-    """`examples/name.py` as a module."""
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
