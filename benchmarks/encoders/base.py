@@ -16,10 +16,10 @@ IGNORED = -100
 """Label of a position that isn't scored, as in transformers' losses."""
 
 SMALL: dict[str, Any] = {
-    "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 192, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 256, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     "initializer_range": 0.1,
 }  # fmt: skip
-"""What models here have unless they say so: heads of 32, the smallest size that can be coded, and weights that are as large at the start as suits them."""
+"""What models here have unless they say so: heads of 64, as most encoders have, and weights that are as large at the start as suits them."""
 
 
 @dataclass(frozen=True, slots=True)

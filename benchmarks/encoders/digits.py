@@ -52,4 +52,4 @@ def as_batch(scans: Tensor, digits: Tensor) -> Batch:
     return {"pixel_values": (2 * scans - 1)[:, None], "labels": digits}
 
 
-DIGITS = Task("digits", ViTForImageClassification, config, batches, steps=1600, learning_rate=2e-3)
+DIGITS = Task("digits", ViTForImageClassification, config, batches, steps=1000, learning_rate=1e-3)

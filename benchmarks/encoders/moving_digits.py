@@ -44,4 +44,4 @@ def batches(split: Split, seed: int) -> Iterator[Batch]:
         yield {"pixel_values": video[:, :, None], "labels": digits[rows] * len(DIRECTIONS) + directions}
 
 
-MOVING_DIGITS = Task("moving-digits", VideoMAEForVideoClassification, config, batches, steps=1800, learning_rate=2e-3)
+MOVING_DIGITS = Task("moving-digits", VideoMAEForVideoClassification, config, batches, steps=1200, learning_rate=2e-3)

@@ -106,4 +106,4 @@ def batches(split: Split, seed: int) -> Iterator[Batch]:
         yield as_batch([draw_protein(family, random) for family in families], random)
 
 
-PROTEIN = Task("protein", EsmForMaskedLM, config, batches, steps=1200, learning_rate=2e-3)
+PROTEIN = Task("protein", EsmForMaskedLM, config, batches, steps=1000, learning_rate=2e-3)

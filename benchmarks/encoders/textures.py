@@ -21,12 +21,10 @@ WIDTH, SPREAD = 0.06, 0.45
 NOISE, COVERED = 1.6, 14
 """Standard deviation of white noise beside a texture of 1; side of the patch of another class."""
 TEST_BATCHES = 24
-WIDER = {"hidden_size": 128, "intermediate_size": 256}
-"""Heads of 64, as large vision models have them."""
 
 
 def config() -> PretrainedConfig:
-    return ViTConfig(**{**SMALL, **WIDER}, num_hidden_layers=3, image_size=SIDE, patch_size=PATCH, num_channels=1, num_labels=CLASSES)
+    return ViTConfig(**SMALL, num_hidden_layers=3, image_size=SIDE, patch_size=PATCH, num_channels=1, num_labels=CLASSES)
 
 
 def filters() -> Tensor:
