@@ -4,8 +4,8 @@
     out = (sum_t p_t g_t (s_t - o)) W + mean sum_t p_t,      p_t = exp(q.k + c),   c: what the mass of coded tokens lacks (`calibration.mass`)
 
 (s: symbols, o: their offset, see `codec.quantizer`) so keys and values are never decoded: the query goes into symbol space once
-per run, the weighted sum comes back once. Packed tokens are read in tiles of `tile_tokens`; softmax is carried across tiles (Milakov &
-Gimelshein 2018, arXiv:1805.02867), with the exact tokens and the raw window as two more tiles. Scores and sums are float32.
+per run, the weighted sum comes back once. Packed tokens are read in tiles of `tile_tokens`; softmax is carried across tiles, with the exact
+tokens and the raw window as two more tiles. Scores and sums are float32.
 """
 
 from dataclasses import dataclass
@@ -13,27 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spectralquant.attention.softmax import RunningSoftmax
 from spectralquant.codec.layout import MASKED_GAIN, PAIRS, UNIT, gain_values, unpack_gains, unpack_pairs
 from spectralquant.codec.packed import PackedKV
-
-
-@dataclass(slots=True)
-class _Softmax:
-    """Running maximum, mass and weighted sum over tiles; sum has W columns, any space."""
-
-    peak: Tensor  # [B, H, N]
-    mass: Tensor  # [B, H, N]
-    total: Tensor  # [B, H, N, W]
-
-    def add(self, scores: Tensor) -> Tensor:
-        """Take in scores [B, H, N, T]; rescale what is held; return exp(scores - peak)."""
-        peak = torch.maximum(self.peak, scores.amax(-1))
-        finite = peak.clamp_min(torch.finfo(peak.dtype).min)  # a row that is masked throughout stays at zero mass
-        shrink = (self.peak - finite).exp()
-        weights = (scores - finite[..., None]).exp_()
-        self.peak, self.mass = peak, self.mass * shrink + weights.sum(-1)
-        self.total *= shrink[..., None]
-        return weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +74,20 @@ def attend(
     if sinks is not None:
         column = sinks.float().view(1, heads, -1, 1).expand(batch, -1, -1, length).reshape(batch, heads, -1, 1)
         state.add(column)
-    out = state.total / state.mass.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
-    return out.view(batch, query_heads, length, dim).to(query.dtype)
+    return state.result().view(batch, query_heads, length, dim).to(query.dtype)
 
 
-def _dense_part(q: _Query, state: _Softmax, keys: Tensor, values: Tensor, columns: "slice | Tensor", visible: Tensor | None) -> None:
+def _dense_part(q: _Query, state: RunningSoftmax, keys: Tensor, values: Tensor, columns: "slice | Tensor", visible: Tensor | None) -> None:
     if keys.shape[-2]:
         scores = q.states @ keys.float().mT
         state.total += state.add(q.finish(scores, visible, columns)) @ values.float()
 
 
-def _packed_part(q: _Query, kv: PackedKV) -> _Softmax:
+def _packed_part(q: _Query, kv: PackedKV) -> RunningSoftmax:
     """Softmax state over the packed slots, its sum already back in the space of the values."""
-    codec, (batch, heads, count, _) = kv.codec, q.states.shape
+    codec = kv.codec
     symbols = codec.value.decode_matrix.shape[1]
-    zeros = q.states.new_zeros((batch, heads, count))
-    state = _Softmax(zeros - torch.inf, zeros, q.states.new_zeros((batch, heads, count, symbols + 1)))
+    state = RunningSoftmax.empty(q.states.shape[:-1], symbols + 1, q.states.device)
     for first in range(0, kv.packed, kv.tile_tokens):
         _packed_tile(q, kv, state, first, min(first + kv.tile_tokens, kv.packed))
     # The last column is sum p g: the offset of all symbols at once.
@@ -116,7 +96,7 @@ def _packed_part(q: _Query, kv: PackedKV) -> _Softmax:
     return state
 
 
-def _packed_tile(q: _Query, kv: PackedKV, state: _Softmax, first: int, last: int) -> None:
+def _packed_tile(q: _Query, kv: PackedKV, state: RunningSoftmax, first: int, last: int) -> None:
     """Take in slots first .. last - 1, a whole number of units that starts at a run."""
     key, key_gain, value, value_gain = kv.codec.layout.split(kv.units(first // UNIT, last // UNIT))
     gain_code = unpack_gains(key_gain).flatten(2)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from spectralquant.attention.softmax import RunningSoftmax
 from spectralquant.codec.codec import LayerCodec
 from spectralquant.codec.layout import UNIT, pack_gains
 from spectralquant.codec.packed import plain_arithmetic, without_gradient
@@ -110,11 +111,11 @@ def _rows_of(mask: Tensor | None, rows: slice) -> Tensor | None:
 
 
 def _attend_rows(query: Tensor, mask: Tensor | None, scale: float, tokens: CodedTokens, rows: slice) -> Tensor:
-    """Softmax over tiles by running maximum and sum (Milakov and Gimelshein, 2018), in float32."""
+    """Tile by tile, in float32."""
     length = tokens.shape[2]
     tiles = [(0, length)] if rows.stop - rows.start > 1 else [(t, min(t + TILE, length)) for t in range(0, length, TILE)]
     blocks = [slice(q, q + QUERIES) for q in range(0, query.shape[2], QUERIES)]
-    states = [_Sums(query[:, :, block]) for block in blocks]
+    states = [RunningSoftmax.empty(query[:, :, block].shape[:-1], query.shape[-1], query.device) for block in blocks]
     room = query.new_empty(query.shape[:2].numel() * min(QUERIES, query.shape[2]) * min(TILE, length), dtype=torch.float32)  # one for all logits
     for first, last in tiles:
         key, value = tokens.decode(rows, first, last)
@@ -123,7 +124,7 @@ def _attend_rows(query: Tensor, mask: Tensor | None, scale: float, tokens: Coded
         for block, state in zip(blocks, states, strict=True):
             part = query[:, :, block].float() * scale
             scores = torch.matmul(part, key.mT, out=room[: part.shape[:3].numel() * key.shape[2]].view(*part.shape[:3], -1))
-            state.add(_masked(scores, mask, block, slice(first, last)), value)
+            state.total += state.add(_masked(scores, mask, block, slice(first, last)), overwrite=True) @ value
     return torch.cat([state.result() for state in states], 2).to(query.dtype)
 
 
@@ -132,23 +133,3 @@ def _masked(scores: Tensor, mask: Tensor | None, queries: slice, keys: slice) ->
         return scores
     part = mask[..., queries if mask.dim() > 1 and mask.shape[-2] > 1 else slice(None), keys if mask.shape[-1] > 1 else slice(None)]
     return scores.masked_fill_(~part, -torch.inf) if part.dtype == torch.bool else scores.add_(part)
-
-
-class _Sums:
-    """Running softmax of some queries [b, H, n, D]."""
-
-    def __init__(self, query: Tensor) -> None:
-        zero = torch.zeros(query.shape[:-1], device=query.device)
-        self.peak, self.mass, self.total = zero - torch.inf, zero, torch.zeros(query.shape, device=query.device)
-
-    def add(self, scores: Tensor, value: Tensor) -> None:
-        """Take in logits [b, H, n, t] and values [b, H, t, D]."""
-        peak = torch.maximum(self.peak, scores.amax(-1))
-        finite = peak.clamp_min(torch.finfo(torch.float32).min)  # a query that sees nothing stays without mass
-        shrink = (self.peak - finite).exp_()
-        weights = scores.sub_(finite[..., None]).exp_()
-        self.peak, self.mass = peak, self.mass * shrink + weights.sum(-1)
-        self.total = torch.addcmul(weights @ value, self.total, shrink[..., None])
-
-    def result(self) -> Tensor:
-        return self.total / self.mass.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
