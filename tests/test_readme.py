@@ -53,9 +53,19 @@ def test_the_page_of_encoders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     text = (ROOT / page).read_text(encoding="utf-8")
     for row, label in zip((rows[0], rows[1], rows[3]), ("logits in full", "`scaled_dot_product_attention`", "coded, `high`"), strict=True):
         assert f"| {label} | {row['peak_bytes'] / 1e6:,.0f} MB | {row['held_bytes'] / 1e6:.1f} MB |" in text
+    trained = json.loads((ROOT / "benchmarks/results/encoders-cpu.json").read_text(encoding="utf-8"))
+    labels = {"standard": "`standard`", "high": "`high`, `max`", "8 bits": "8 bits"}
+    for row in trained["summary"]:
+        same = "high" if row["setting"] == "max" else row["setting"]  # the page says that they are
+        assert row["seeds"] == 5
+        low, high = (f"{100 * row['accuracy_difference'][end]:.2f}".replace("-0.00", "0.00") for end in ("low", "high"))
+        accuracy, figures = f"{100 * row['accuracy_uncoded']['mean']:.1f} %", f"{row['cosine']['mean']:.4f} | {row['kl']['mean']:.5f} |"
+        assert re.search(rf"\| {re.escape(labels[same])} \| {accuracy} \| \S+ \({low} to {high}\) \| {re.escape(figures)}", text)
+    differences = [end for claim in trained["claims"] for end in claim["accuracy_difference"].values()]
+    assert not any(d["low"] > 0 for d in differences), "the page says that nothing improves"
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/evaluation.md"])
+@pytest.mark.parametrize("page", [*PAGES, "docs/evaluation.md", "docs/encoders.md"])
 def test_shell_commands_exist(page: str) -> None:
     """Extras that are installed are in pyproject.toml, sub-commands parse, scripts are there."""
     extras = set(metadata("spectralquant").get_all("Provides-Extra") or ())

@@ -102,7 +102,7 @@ def test_models_take_batches_as_keyword_arguments(scripts: SimpleNamespace, name
     assert torch.nn.functional.cross_entropy(scored, labels).item() == pytest.approx(out.loss.item(), rel=1e-5)
     assert task.score(one_hot_logits(batch["labels"], scored.shape[-1]), batch) == 1.0
     heads = model.config.hidden_size // model.config.num_attention_heads
-    assert heads in range(32, 257, 16) and not any(m.p for m in model.modules() if isinstance(m, nn.Dropout))
+    assert heads == 64 and not any(m.p for m in model.modules() if isinstance(m, nn.Dropout))
 
 
 def one_hot_logits(labels: Tensor, classes: int) -> Tensor:
@@ -268,7 +268,7 @@ def test_train_then_measure(small: SimpleNamespace, tmp_path: Path, capsys: pyte
     assert [(r["task"], r["seed"]) for r in document["rows"]] == [k for k in sorted(trained) for _ in range(4)]
     for row in document["rows"]:
         assert row["accuracy_uncoded"] == pytest.approx(trained[row["task"], row["seed"]]["accuracy"])
-        assert (row["head_dim"], row["key_bits"], row["value_bits"]) == (32, 3.0, 2.0)
+        assert (row["head_dim"], row["key_bits"], row["value_bits"]) == (64, 1.5, 1.0)
         assert row["accuracy_difference"] == pytest.approx(row["accuracy_coded"] - row["accuracy_uncoded"])
         assert (row["cosine"] == pytest.approx(1, abs=1e-9)) == (row["setting"] == "8 bits")
         assert (row["kl"] == pytest.approx(0, abs=1e-12)) == (row["setting"] == "8 bits")
