@@ -13,7 +13,8 @@ constant matrix W [P, D], and attention can work on the planes themselves. W may
 - "search": stored gains have steps of 9 %, and a key whose length is off is off by that share of its largest logits. So codes are taken for
   the gain that will be stored, for the least squares one and its neighbours, and the gain with the least |z - z^| is kept;
 - "wide": the same with two gains more: the least at which no coordinate is clipped, and the one halfway there. A vector that is far off in one
-  direction (a rare token's value in the first layer, which depends on the token alone) is clipped under all others. In no kernel.
+  direction (a rare token's value in the first layer, which depends on the token alone) is clipped under all others. In no kernel; the search for
+  joint codes is that of "search".
 
 K of an anchored layer is coded as `k R(-t0)`, t0 the position of the first token of its run of `run` tokens, minus the trajectory
 mean `mean R(j)`, j the offset in the run. Computed in float32; 8-bit log gains cover 2^-15.9 .. 2^15.9.

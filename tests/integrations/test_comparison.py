@@ -52,6 +52,24 @@ def test_the_model_is_left_as_it_was(vit: Any, batches: list[dict[str, Tensor]])
     assert torch.equal(outputs(vit.eval(), batches[0])[0], want)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"bits": 8}, {"compression": "high"}])
+def test_a_gpu_gives_what_the_processor_gives(vit: Any, batches: list[dict[str, Tensor]], options: dict[str, Any]) -> None:
+    engine = EncoderEngine(**options)
+    engine.calibrate(vit, batches)
+    with engine.applied_to(vit):
+        want = outputs(vit, batches[0])[0]
+    vit.cuda()
+    on_gpu = EncoderEngine(**options)
+    on_gpu.calibrate(vit, batches)
+    plain = vit(batches[0]["pixel_values"].cuda()).logits
+    with on_gpu.applied_to(vit), torch.no_grad():
+        got = vit(batches[0]["pixel_values"].cuda()).logits
+    assert not torch.equal(got, plain)
+    assert (got.cpu() - want).norm() < 2e-2 * want.norm()
+    assert on_gpu.compare(vit, batches).relative_error == pytest.approx(engine.compare(vit.cpu(), batches).relative_error, rel=0.3)
+
+
 def test_padding_does_not_count() -> None:
     hidden = torch.randn(2, 3, 4)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
