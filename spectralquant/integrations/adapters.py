@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from spectralquant.integrations.calls import AttentionAdapter, AttentionCall, heads_apart, heads_merged
 
@@ -168,5 +169,54 @@ class TimmAdapter:
         return module.proj_drop(module.proj(getattr(module, "norm", nn.Identity())(heads_merged(out))))
 
 
-ADAPTERS: tuple[AttentionAdapter, ...] = (TimesformerAdapter(), SwinAdapter(), SamAdapter(), TimmAdapter(), OpenFoldAdapter(), FoldingTrunkAdapter())
+class TorchAdapter:
+    """`torch.nn.MultiheadAttention`, and with it PyTorch's own transformer layers. Weights are not computed: None is returned in their place."""
+
+    def takes(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.MultiheadAttention) and module.bias_k is None and not module.add_zero_attn
+
+    def call(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> AttentionCall:
+        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight) if module.in_proj_weight is None else module.in_proj_weight.chunk(3)
+        shifts = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+        states = [heads_apart(linear(self._batch(module, x), w, b), module.num_heads) for x, w, b in zip((query, key, value), weights, shifts, strict=True)]
+        mask = None if attn_mask is None else _added(attn_mask, query.dtype)
+        if mask is not None and mask.dim() == 3:
+            mask = mask.unflatten(0, (-1, module.num_heads))
+        if key_padding_mask is not None:
+            hidden = _added(key_padding_mask.reshape(-1, 1, 1, key_padding_mask.shape[-1]), query.dtype)
+            mask = hidden if mask is None else mask + hidden
+        return AttentionCall(states[0], states[1], states[2], mask, module.head_dim**-0.5)
+
+    def result(self, module: Any, out: Tensor, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        projected = module.out_proj(heads_merged(out))
+        if query.dim() == 2:
+            return projected[0], None
+        return projected if module.batch_first else projected.transpose(0, 1), None
+
+    def _batch(self, module: Any, x: Tensor) -> Tensor:
+        """[B, T, C]."""
+        if x.dim() == 2:
+            return x[None]
+        return x if module.batch_first else x.transpose(0, 1)
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of torch.nn, True where it hides, as what is added to the logits."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
+
+
+ADAPTERS: tuple[AttentionAdapter, ...] = (
+    TimesformerAdapter(), SwinAdapter(), SamAdapter(), TimmAdapter(), OpenFoldAdapter(), FoldingTrunkAdapter(), TorchAdapter(),
+)  # fmt: skip
 """Those that every engine has."""

@@ -1,7 +1,7 @@
 """Handing the attention calls of one model to a handler, and putting the model back.
 
-What is changed belongs to the model: the attention implementation in its configuration, and `forward` of adapted modules. transformers' table of attention
-functions gets one name more, which no other model uses.
+What is changed belongs to the model: the attention implementation in its configuration, `forward` of adapted modules and a hook on them, and whether
+PyTorch's `TransformerEncoder` makes ragged batches. transformers' table of attention functions gets one name more, which no other model uses.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -53,6 +54,10 @@ class Taps:
     def __init__(self, model: nn.Module) -> None:
         self.modules: list[nn.Module] = []
         self._adapted: list[nn.Module] = []
+        self._hooks: list[RemovableHandle] = []
+        self._nested = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
+        for encoder in self._nested:
+            encoder.use_nested_tensor = False  # ragged batches are for the fused layers alone
         self._parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m._can_set_attn_implementation()]
         self._before = [str(m.config._attn_implementation) for m in self._parts]
 
@@ -66,6 +71,7 @@ class Taps:
 
         module.forward = forward
         self._adapted.append(module)
+        self._hooks.append(module.register_forward_pre_hook(lambda *_: None))  # PyTorch's fused layers, which pass attention by, stand back for hooks
 
     def use_interface(self) -> None:
         """Let the parts of the model that can attend by `_attention`."""
@@ -80,6 +86,10 @@ class Taps:
             part.set_attn_implementation(name)
         for module in self._adapted:
             del module.forward
+        for hook in self._hooks:
+            hook.remove()
+        for encoder in self._nested:
+            encoder.use_nested_tensor = True
         for module in self.modules:
             _handlers.pop(module, None)
 
