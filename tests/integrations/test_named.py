@@ -9,6 +9,7 @@ from encoders import FAMILIES, FoldingBlock, folding, outputs
 from tiny_models import TinyTokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.esm.modeling_esmfold import EsmFoldAttention
 
 import spectralquant.integrations as integrations
 from spectralquant.engine import SpectralQuantEngine
@@ -87,6 +88,39 @@ def test_alphafold() -> None:
         integrations.apply_to_alphafold(model, engine, skip_ipa=False)
     with pytest.raises(UnsupportedModelError, match="apply_to_alphafold_evoformer"):
         integrations.apply_to_alphafold_ipa(model, engine)
+
+
+class MSABlock(nn.Module):
+    """Evoformer's attention over an alignment [B, S, T, C]: along rows with pair bias, along columns, each under the alignment's mask [B, S, T]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.columns = EsmFoldAttention(64, 64, 64, 32, 2), EsmFoldAttention(64, 64, 64, 32, 2)
+        self.pair_bias = nn.Linear(16, 2, bias=False)
+        with torch.no_grad():  # as they come, gates and last layers are zero
+            for parameter in self.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+
+    def forward(self, msa: Tensor, pairs: Tensor, mask: Tensor) -> Any:
+        hidden = 1e9 * (mask - 1)
+        row = self.rows(msa, msa, biases=[hidden[:, :, None, None, :], self.pair_bias(pairs).permute(0, 3, 1, 2)[:, None]])
+        turned = (msa + row).transpose(1, 2)
+        column = self.columns(turned, turned, biases=[hidden.transpose(1, 2)[:, :, None, None, :]]).transpose(1, 2)
+        return SimpleNamespace(to_tuple=lambda: (row, column))
+
+
+def test_rows_and_columns_of_an_alignment() -> None:
+    torch.manual_seed(0)
+    model, mask = MSABlock().eval(), torch.ones(2, 7, 24)
+    mask[1, 5:], mask[:, :, 20:] = 0, 0
+    batch = {"msa": torch.randn(2, 7, 24, 64), "pairs": torch.randn(2, 24, 24, 16), "mask": mask}
+    engine = integrations.calibrate_alphafold(model, [batch], bits=8)
+    assert engine.profile.model["modules"] == ["rows", "columns"]
+    want = outputs(model, batch)
+    integrations.apply_to_alphafold_evoformer(model, engine)
+    got = outputs(model, batch)
+    engine.remove_from(model)
+    assert all(0 < (a - b).norm() / b.norm() < 1e-2 for a, b in zip(got, want, strict=True))
 
 
 class Attention(nn.Module):
