@@ -33,20 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="folder or hub name of an audio encoder")
     parser.add_argument("--clips", type=Path, metavar="FOLDER", help="of WAV files")
     args = parser.parse_args(argv)
-    model, extractor = load(args.model) if args.model else random_wav2vec2()
-    rate = extractor.sampling_rate
     try:
+        model, extractor = load(args.model) if args.model else random_wav2vec2()
+        rate = extractor.sampling_rate
         clips = read(args.clips, rate) if args.clips else glides()
-    except ValueError as error:
-        parser.error(str(error))
-    if len(clips) < 2:
-        parser.error(f"--clips {args.clips}: it has {len(clips)} WAV files, expected at least 2: some calibrate, others are compared")
-    batches = [extractor([clip], sampling_rate=rate, return_tensors="pt") for clip in clips[1::2]]
-    try:
+        if len(clips) < 2:
+            parser.error(f"--clips {args.clips}: it has {len(clips)} WAV files, expected at least 2: some calibrate, others are compared")
+        batches = [extractor([clip], sampling_rate=rate, return_tensors="pt") for clip in clips[1::2]]
         for name, options in SETTINGS.items():
             engine = calibrate_audio(model, extractor, clips[::2], rate, **options)
             print(f"{name:8}  {engine.compare(model, batches)}")
-    except SpectralQuantError as error:
+    except (SpectralQuantError, OSError, ValueError) as error:
         print(f"encode_audio: {error}", file=sys.stderr)
         return 2
     return 0

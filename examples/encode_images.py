@@ -32,17 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="folder or hub name of a vision encoder")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="of image files")
     args = parser.parse_args(argv)
-    model, processor = load(args.model) if args.model else random_vit()
-    images = read(args.images) if args.images else crops()
-    if len(images) < 2:
-        parser.error(f"--images {args.images}: it has {len(images)} images (.jpg, .jpeg, .png), expected at least 2: some calibrate, others are compared")
-    others = images[1::2]
-    batches = [processor(images=others[i : i + BATCH], return_tensors="pt") for i in range(0, len(others), BATCH)]
     try:
+        model, processor = load(args.model) if args.model else random_vit()
+        images = read(args.images) if args.images else crops()
+        if len(images) < 2:
+            parser.error(f"--images {args.images}: it has {len(images)} images (.jpg, .jpeg, .png), expected at least 2: some calibrate, others are compared")
+        others = images[1::2]
+        batches = [processor(images=others[i : i + BATCH], return_tensors="pt") for i in range(0, len(others), BATCH)]
         for name, options in SETTINGS.items():
             engine = calibrate_vit(model, processor, images[::2], **options)
             print(f"{name:8}  {engine.compare(model, batches)}")
-    except SpectralQuantError as error:
+    except (SpectralQuantError, OSError) as error:
         print(f"encode_images: {error}", file=sys.stderr)
         return 2
     return 0

@@ -43,16 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="folder or hub name of an ESM-2 (heads of 32 at least: 150M parameters or more)")
     parser.add_argument("--fasta", type=Path, metavar="FILE", help="of sequences")
     args = parser.parse_args(argv)
-    model, tokenizer = load(args.model) if args.model else random_esm()
-    sequences = read(args.fasta) if args.fasta else list(PROTEINS)
-    if len(sequences) < 2:
-        parser.error(f"--fasta {args.fasta}: it has {len(sequences)} sequences, expected at least 2: some calibrate, others are compared")
-    batches = [tokenizer([sequence], return_tensors="pt") for sequence in sequences[1::2]]
     try:
+        model, tokenizer = load(args.model) if args.model else random_esm()
+        sequences = read(args.fasta) if args.fasta else list(PROTEINS)
+        if len(sequences) < 2:
+            parser.error(f"--fasta {args.fasta}: it has {len(sequences)} sequences, expected at least 2: some calibrate, others are compared")
+        batches = [tokenizer([sequence], return_tensors="pt") for sequence in sequences[1::2]]
         for name, options in SETTINGS.items():
             engine = calibrate_esm(model, tokenizer, sequences[::2], **options)
             print(f"{name:8}  {engine.compare(model, batches)}")
-    except SpectralQuantError as error:
+    except (SpectralQuantError, OSError) as error:
         print(f"encode_proteins: {error}", file=sys.stderr)
         return 2
     return 0

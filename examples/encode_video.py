@@ -33,17 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="folder or hub name of a video encoder")
     parser.add_argument("--clips", type=Path, metavar="FOLDER", help="of folders of frames")
     args = parser.parse_args(argv)
-    model, processor = load(args.model) if args.model else random_videomae()
-    clips = read(args.clips) if args.clips else moves()
-    if len(clips) < 2:
-        parser.error(f"--clips {args.clips}: it has {len(clips)} folders of frames, expected at least 2: some calibrate, others are compared")
-    others = clips[1::2]
-    batches = [processor(others[i : i + BATCH], return_tensors="pt") for i in range(0, len(others), BATCH)]
     try:
+        model, processor = load(args.model) if args.model else random_videomae()
+        clips = read(args.clips) if args.clips else moves()
+        if len(clips) < 2:
+            parser.error(f"--clips {args.clips}: it has {len(clips)} folders of frames, expected at least 2: some calibrate, others are compared")
+        others = clips[1::2]
+        batches = [processor(others[i : i + BATCH], return_tensors="pt") for i in range(0, len(others), BATCH)]
         for name, options in SETTINGS.items():
             engine = calibrate_videomae(model, processor, clips[::2], **options)
             print(f"{name:8}  {engine.compare(model, batches)}")
-    except SpectralQuantError as error:
+    except (SpectralQuantError, OSError) as error:
         print(f"encode_video: {error}", file=sys.stderr)
         return 2
     return 0

@@ -95,9 +95,17 @@ def test_too_few_tokens_are_an_error_without_a_traceback(domain: str, example: A
     assert error.startswith(f"encode_{domain}: ") and "tokens, expected at least" in error
 
 
+def test_what_is_not_there_is_an_error_without_a_traceback(domain: str, example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    option = {"images": "--images", "proteins": "--fasta"}.get(domain, "--clips")
+    for argument in (f"--model={tmp_path / 'none'}", f"{option}={tmp_path / 'none'}"):
+        if domain == "audio" and argument.startswith("--clips"):
+            continue  # a folder without WAV files, which is told above
+        assert example.main([argument]) == 2
+        assert capsys.readouterr().err.startswith(f"encode_{domain}: ")
+
+
 def test_sound_of_another_form_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example = script("encode_audio")
     write_wave(tmp_path / "a.wav", np.zeros(100), 8000)
-    with pytest.raises(SystemExit):
-        example.main([f"--clips={tmp_path}"])
+    assert example.main([f"--clips={tmp_path}"]) == 2
     assert "8000 Hz, expected 16 bits, 1 channel, 16000 Hz" in capsys.readouterr().err
