@@ -25,8 +25,8 @@ from spectralquant.cli.models import load_model
 from spectralquant.codec.quantizer import scalar_of
 from spectralquant.corpus import DEFAULT_TOKENS, make_samples, token_budget
 from spectralquant.evaluation.plan import DEFAULT_TEXTS
-from spectralquant.evaluation.runner import write_json
 from spectralquant.evaluation.texts import read_text
+from spectralquant.files import write_json
 from spectralquant.profile import Choices
 from spectralquant.selection import HeldOut, prepare, with_measured
 

@@ -32,7 +32,7 @@ from spectralquant.codec.codec import LayerCodec, build_codec
 from spectralquant.codec.layout import UNIT
 from spectralquant.codec.packed import PackedKV
 from spectralquant.config import Dials
-from spectralquant.evaluation.runner import write_json
+from spectralquant.files import write_json
 from spectralquant.presets import PRESETS
 from spectralquant.profile import Choices, LayerProfile, Profile, SideProfile
 from spectralquant.rope import Rotary

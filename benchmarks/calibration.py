@@ -51,9 +51,9 @@ from spectralquant.corpus import SAMPLE_TOKENS, Samples, leading_tokens, make_sa
 from spectralquant.errors import CalibrationError, ConfigError
 from spectralquant.evaluation.metrics import standard_error, token_divergence
 from spectralquant.evaluation.plan import DEFAULT_TEXTS
-from spectralquant.evaluation.runner import write_json
 from spectralquant.evaluation.tasks.base import continue_with, hand_over, read_context
 from spectralquant.evaluation.texts import begin_with, read_text, spread_windows, tokenise
+from spectralquant.files import write_json
 from spectralquant.profile import Choices, Profile
 from spectralquant.selection import choose, prepare, with_measured
 

@@ -53,8 +53,8 @@ from spectralquant.codec.codec import LayerCodec, build_codec
 from spectralquant.compat import cache_argument
 from spectralquant.config import CacheConfig, Dials
 from spectralquant.errors import ConfigError
-from spectralquant.evaluation.runner import write_json
 from spectralquant.evaluation.texts import read_text, tokenise
+from spectralquant.files import write_json
 from spectralquant.follow_up import install_generate
 from spectralquant.memory import MemoryPlan, Planner, measure_forward
 from spectralquant.presets import PRESETS

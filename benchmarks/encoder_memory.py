@@ -22,7 +22,7 @@ from calibration import command_line
 
 from spectralquant.codec.codec import build_codec
 from spectralquant.config import Dials
-from spectralquant.evaluation.runner import write_json
+from spectralquant.files import write_json
 from spectralquant.integrations.calls import AttentionCall
 from spectralquant.integrations.coded import attend, code
 from spectralquant.integrations.encoder import CHOICES

@@ -22,7 +22,7 @@ import torch
 from calibration import command_line
 from decoding import SHAPES, Bench
 
-from spectralquant.evaluation.runner import write_json
+from spectralquant.files import write_json
 from spectralquant.kernels import compiler
 
 

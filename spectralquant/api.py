@@ -22,6 +22,7 @@ class SpectralQuant:
         avg_bits, noise_bits, value_noise_bits, d_eff_variance: Dials that replace the preset's allocation (see `config.Dials`).
         use_qjl: Must be False.
         quantizer: "joint", "uniform" or "lloyd-max" (see `SpectralQuantEngine`).
+        calibration_cache: Keep calibrations on this machine, so that the same one is not measured twice.
 
     Example:
         >>> sq = SpectralQuant(compression="high")
@@ -41,6 +42,7 @@ class SpectralQuant:
         d_eff_variance: float | None = None,
         use_qjl: bool = False,
         quantizer: str = "joint",
+        calibration_cache: bool = True,
     ) -> None:
         self._engine = SpectralQuantEngine(
             head_dim,
@@ -52,7 +54,19 @@ class SpectralQuant:
             device=device,
             compression=compression,
             quantizer=quantizer,
+            calibration_cache=calibration_cache,
         )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], **settings: Any) -> "SpectralQuant":
+        """An object with the calibration of a folder that `save_pretrained` wrote, or of a model's folder that holds one; `settings` as of the constructor.
+
+        Raises:
+            ProfileError: There is none, or it is damaged.
+        """
+        made = cls(**settings)
+        made.load_calibration(folder)
+        return made
 
     @property
     def preset_name(self) -> str:
@@ -113,6 +127,10 @@ class SpectralQuant:
     def save_calibration(self, path: str | os.PathLike[str]) -> Path:
         """See `SpectralQuantEngine.save_calibration`."""
         return self._engine.save_calibration(path)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """See `SpectralQuantEngine.save_pretrained`."""
+        return self._engine.save_pretrained(folder)
 
     def load_calibration(self, path: str | os.PathLike[str], head_dim: int | None = None) -> None:
         """See `SpectralQuantEngine.load_calibration`; `head_dim`, when given, must be that of the file.

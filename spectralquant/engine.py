@@ -18,21 +18,24 @@ from transformers import DynamicCache, PreTrainedModel
 from spectralquant import application, prompts
 from spectralquant.attention.hf import register
 from spectralquant.cache.hf import SpectralCache, coded_layer_indices, layer_devices, model_device
-from spectralquant.calibration.hf import collect, known_fingerprint, unwrapped
+from spectralquant.calibration.hf import collect, fingerprint, known_fingerprint, unwrapped
+from spectralquant.calibration_cache import digest_of, remembered
 from spectralquant.clock import GenerationClock
-from spectralquant.codec.budget import require_head_dim, semantic_size
+from spectralquant.codec.budget import require_head_dim
 from spectralquant.codec.codec import LayerCodec, build_codec, place_codecs
 from spectralquant.codec.quantizer import QUANTIZERS
 from spectralquant.compat import cache_argument, last_logits, layer_config
 from spectralquant.config import CacheConfig, Dials, require_int
-from spectralquant.corpus import make_samples, token_budget
+from spectralquant.corpus import Samples, make_samples, token_budget
 from spectralquant.errors import CalibrationError, ConfigError, ShapeError, UnsupportedModelError
 from spectralquant.generation_options import sequences_each
 from spectralquant.memory import ForwardCost, MemoryPlan, Planner, bounded_memory, measure_forward
 from spectralquant.original_format import load_original, original_pair
 from spectralquant.presets import CompressionPreset, resolve_preset
-from spectralquant.profile import Profile, load_profile, with_suffix
+from spectralquant.pretrained import calibration_file, find_beside, save_folder
+from spectralquant.profile import Profile, load_profile
 from spectralquant.selection import choose
+from spectralquant.spectra import spectrum_summary
 
 UNNAMED = ""
 """Key of a calibration that does not say for which model it was made."""
@@ -55,6 +58,7 @@ class SpectralQuantEngine:
         cache_config: What caches keep exact.
         quantizer: "joint" (V in jointly quantized blocks, the least error), "uniform" (scalar, encodes faster) or "lloyd-max" (scalar, read by the
             PyTorch reference only); see `codec.quantizer`.
+        calibration_cache: Keep calibrations on this machine, so that the same one is not measured twice, see `calibration_cache`.
 
     Raises:
         ConfigError: An argument is out of its range.
@@ -74,6 +78,7 @@ class SpectralQuantEngine:
         compression: str | CompressionPreset = "high",
         cache_config: CacheConfig | None = None,
         quantizer: str = "joint",
+        calibration_cache: bool = True,
     ) -> None:
         if use_qjl:
             raise ConfigError("use_qjl=True: a QJL stage is not offered, it costs bits and raises the error; leave it False")
@@ -87,6 +92,7 @@ class SpectralQuantEngine:
         if quantizer not in QUANTIZERS:
             raise ConfigError(f"quantizer={quantizer!r}: expected one of {', '.join(map(repr, QUANTIZERS))}")
         self.quantizer = quantizer
+        self.calibration_cache = calibration_cache
         self._profiles: dict[str, Profile] = {}
         self._codecs: dict[tuple[str, str], dict[int, LayerCodec]] = {}
         self._latest: str | None = None
@@ -100,6 +106,8 @@ class SpectralQuantEngine:
     ) -> dict[str, Any]:
         """Measure a model's spectra and choose its codec by measured KL. The model is left exactly as it was.
 
+        The same call on the same model loads what was measured before, unless the engine was made with `calibration_cache=False`.
+
         Args:
             model, tokenizer: A causal LM of transformers and its tokenizer.
             calibration_texts: Texts, mixed kinds and long ones best; None for the bundled corpus.
@@ -107,34 +115,75 @@ class SpectralQuantEngine:
             progress: Show a progress bar.
 
         Returns:
-            {calibrated, n_heads, d_eff_mean, d_eff_min, d_eff_max, gap_mean, gap_median, calibration_time_s, tokens, certificate}
+            {calibrated, n_heads, d_eff_mean, d_eff_min, d_eff_max, gap_mean, gap_median, calibration_time_s, tokens, certificate, loaded_from}; the last is the
+            kept file, None where it was measured now.
         """
         began, model = time.perf_counter(), unwrapped(model)
         self._check_model(model)
-        register()  # soft-caps are ours to apply: transformers' sdpa refuses or drops them
         samples = make_samples(tokenizer, calibration_texts, n_samples, token_budget(model.device))
+        corpus = "bundled" if calibration_texts is None else "own"
+        if self.calibration_cache:
+            digest = digest_of(fingerprint(model), samples, self._decisive(model, corpus))
+            profile, file = remembered(digest, lambda: self._measure(model, samples, corpus, progress))
+        else:
+            profile, file = self._measure(model, samples, corpus, progress), None
+        self.add_calibration(profile)
+        return {
+            "calibrated": True,
+            **spectrum_summary(profile, self.preset),
+            "calibration_time_s": time.perf_counter() - began,
+            "tokens": profile.certificate["tokens"],
+            "certificate": profile.certificate,
+            "loaded_from": None if file is None else str(file),
+        }
+
+    def _measure(self, model: PreTrainedModel, samples: Samples, corpus: str, progress: bool) -> Profile:
+        began = time.perf_counter()
+        register()  # soft-caps are ours to apply: transformers' sdpa refuses or drops them
         with tqdm(total=samples.tokens, unit="tok", desc="calibrating", disable=not progress) as bar:
             statistics = collect(model, samples.statistics, coded_layer_indices(model), _advance(bar))
             bar.set_description("choosing")
             with self.applied_to(model), _evaluation_mode(model):
                 profile = choose(model, statistics, samples.held_out, self.preset, self.cache_config, self.quantizer, bar.set_postfix_str)
-        seconds = time.perf_counter() - began
-        profile.certificate.update(tokens=statistics.tokens, seconds=round(seconds, 2), corpus="bundled" if calibration_texts is None else "own")
-        self._add(profile)
-        return {
-            "calibrated": True,
-            **_spectrum_summary(profile, self.preset),
-            "calibration_time_s": seconds,
-            "tokens": statistics.tokens,
-            "certificate": profile.certificate,
-        }
+        profile.certificate.update(tokens=statistics.tokens, seconds=round(time.perf_counter() - began, 2), corpus=corpus)
+        return profile
+
+    def _decisive(self, model: PreTrainedModel, corpus: str) -> dict[str, Any]:
+        """What decides a calibration besides model and tokens."""
+        settings = {"preset": self.preset, "cache": self.cache_config, "quantizer": self.quantizer, "dtype": model.dtype, "device": model.device.type}
+        return {**{name: str(value) for name, value in settings.items()}, "corpus": corpus}
+
+    def ensure_calibrated(self, model: PreTrainedModel, tokenizer: Any, *, progress: bool = True) -> Path | None:
+        """Take the calibration that lies beside the model (see `save_pretrained`), else `calibrate` with the bundled corpus; nothing where this engine has one.
+
+        Returns:
+            The file that was loaded, or None.
+        """
+        with _lock:
+            if self.is_calibrated(model):
+                return None
+            if (found := find_beside(unwrapped(model), known_fingerprint(model))) is not None:
+                self.add_calibration(found[1])
+                return found[0]
+            kept = self.calibrate(model, tokenizer, progress=progress)["loaded_from"]
+            return None if kept is None else Path(kept)
 
     def save_calibration(self, path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> Path:
         """Write the calibration of `model` (default: the latest one) to one `.safetensors` file; returns its path."""
         return self._profile(model).save(path)
 
+    def save_pretrained(self, folder: str | os.PathLike[str], model: PreTrainedModel | None = None) -> Path:
+        """Write the calibration of `model` (default: the latest one) and a card of what was measured into a folder; returns it.
+
+        In the folder of a saved model, under the name "spectralquant", it is found by itself by every `generate` of this package.
+
+        Raises:
+            ConfigError: The folder holds a README that is no such card.
+        """
+        return save_folder(self._profile(model), Path(folder))
+
     def load_calibration(self, path: str | os.PathLike[str]) -> Profile:
-        """Read a calibration and keep it beside the others; it is used for the model it was made for.
+        """Read a calibration, a file or a folder of `save_pretrained`, and keep it beside the others; it is used for the model it was made for.
 
         The original package's pair PATH.pt and PATH_meta.json is read as well, with a warning that says what such a file lacks. It names
         no model, so it is used for any model without a calibration of its own whose shapes fit.
@@ -143,8 +192,9 @@ class SpectralQuantEngine:
             ProfileError: The file is missing, damaged, or of another format version.
         """
         old = original_pair(Path(path))
-        profile = load_original(Path(path)) if not with_suffix(path).is_file() and any(p.is_file() for p in old) else load_profile(path)
-        self._add(profile)
+        file = calibration_file(Path(path))
+        profile = load_original(Path(path)) if not file.is_file() and any(p.is_file() for p in old) else load_profile(file)
+        self.add_calibration(profile)
         return profile
 
     def calibrate_to(self, path: str | os.PathLike[str], model: PreTrainedModel, tokenizer: Any, **options: Any) -> Path:
@@ -161,15 +211,11 @@ class SpectralQuantEngine:
         """
         return self._profile(model)
 
-    def _add(self, profile: Profile) -> None:
+    def add_calibration(self, profile: Profile) -> None:
+        """Keep a calibration beside the others, for the model it was made for."""
         key = profile.model.get("weights", UNNAMED)
         self._profiles[key], self._latest = profile, key
         self._codecs = {k: v for k, v in self._codecs.items() if k[0] != key}
-
-    def _calibrate_once(self, model: PreTrainedModel, tokenizer: Any) -> None:
-        with _lock:
-            if self._latest is None:
-                self.calibrate(model, tokenizer)
 
     def _check_model(self, model: PreTrainedModel) -> None:
         """Raise what speaks against `model`, as far as its configuration tells."""
@@ -273,7 +319,8 @@ class SpectralQuantEngine:
         """
         count = require_int("max_new_tokens", max_new_tokens, 0)
         inputs = prompts.encode(tokenizer, prompt, add_special_tokens, model_device(model))
-        self._calibrate_once(model, tokenizer)
+        if self._latest is None:
+            self.ensure_calibrated(model, tokenizer)
         rows = len(inputs.ids) * sequences_each(model, generation)
         with bounded_memory(self._planner(model), rows, inputs.ids.shape[1], count, max_memory), self.applied_to(model):
             cache = self.cache(model)
@@ -328,7 +375,8 @@ class SpectralQuantEngine:
         inputs = prompts.encode(tokenizer, prompt, add_special_tokens, model_device(model))
         if len(inputs.ids) != 1:
             raise ConfigError(f"prompt holds {len(inputs.ids)} sequences; compress_prefill takes one")
-        self._calibrate_once(model, tokenizer)
+        if self._latest is None:
+            self.ensure_calibrated(model, tokenizer)
         began = time.perf_counter()
         cache = self.cache(model)
         with torch.no_grad():
@@ -379,7 +427,7 @@ class SpectralQuantEngine:
         live = self._last_stats if past_key_values is None else self._stats(past_key_values, 0, 0.0)
         return {
             **base, "calibrated": True, "fp16_bytes_per_token": dense, "sq_key_bytes": key, "sq_val_bytes": value,
-            "sq_ratio": dense / (key + value), "d_eff": _spectrum_summary(profile, self.preset)["d_eff_mean"], "n_heads": heads, **live,
+            "sq_ratio": dense / (key + value), "d_eff": spectrum_summary(profile, self.preset)["d_eff_mean"], "n_heads": heads, **live,
         }  # fmt: skip
 
     def _stats(self, cache: SpectralCache, new_tokens: int, seconds: float) -> dict[str, Any]:
@@ -418,20 +466,6 @@ def _advance_to(bar: Any) -> Callable[[float], None]:
         bar.update(share - bar.n)
 
     return advance
-
-
-def _spectrum_summary(profile: Profile, preset: CompressionPreset) -> dict[str, Any]:
-    variances = [side.variance for layer in profile.layers.values() for side in (layer.key, layer.value)]
-    sizes = torch.tensor([semantic_size(row[None], preset.d_eff_variance) for v in variances for row in v]).double()
-    gaps = torch.cat([v[:, 0] / v[:, 1].clamp_min(1e-20) for v in variances]).double()
-    return {
-        "n_heads": sum(layer.heads for layer in profile.layers.values()),
-        "d_eff_mean": float(sizes.mean()),
-        "d_eff_min": int(sizes.min()),
-        "d_eff_max": int(sizes.max()),
-        "gap_mean": float(gaps.mean()),
-        "gap_median": float(gaps.median()),
-    }
 
 
 @contextmanager

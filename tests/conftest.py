@@ -10,7 +10,7 @@ import torch
 from tiny_models import TinyTokenizer, tiny_model
 from transformers import PreTrainedModel
 
-from spectralquant import SpectralQuantEngine
+from spectralquant import SpectralQuantEngine, calibration_cache
 from spectralquant.corpus import get_default_calibration_texts
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # threads of several workers would wait for each other
@@ -27,6 +27,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def calibrations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Calibrations are kept in a folder of the test's own. It does not exist yet."""
+    folder = tmp_path / "home" / "calibrations"
+    monkeypatch.setattr(calibration_cache, "calibrations_folder", lambda: folder)
+    return folder
 
 
 @pytest.fixture

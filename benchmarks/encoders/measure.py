@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 
 from spectralquant.config import require_int
 from spectralquant.errors import ConfigError
-from spectralquant.evaluation.runner import write_json
+from spectralquant.files import write_json
 from spectralquant.integrations import EncoderEngine
 
 SETTINGS: dict[str, dict[str, Any]] = {

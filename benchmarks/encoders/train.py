@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from spectralquant.config import require_int
 from spectralquant.errors import ConfigError
-from spectralquant.evaluation.runner import write_json
+from spectralquant.files import write_json
 
 START_SHARE, DECAY, CLIP = 0.1, 0.05, 1.0
 

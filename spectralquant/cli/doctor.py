@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from spectralquant.backend import KERNELS, choose_for_feature, resolve_backend
+from spectralquant.home import folder_bytes
 from spectralquant.kernels.compiler import find_toolchain
-from spectralquant.kernels.disk_cache import cache_bytes, cache_folder
+from spectralquant.kernels.disk_cache import cache_folder
 from spectralquant.version import __version__
 
 
@@ -35,7 +36,7 @@ def examine() -> dict[str, Any]:
         },
         "devices": [_device(index) for index in range(torch.cuda.device_count())],
         "kernels": {"cuda_core": toolchain.cuda_core, "nvrtc": _dotted(toolchain.nvrtc), "driver_cuda": _dotted(toolchain.driver)},
-        "cache": {"folder": None if folder is None else str(folder), "bytes": cache_bytes()},
+        "cache": {"folder": None if folder is None else str(folder), "bytes": folder_bytes(folder)},
         "features": {feature: {"backend": chosen.name, "reason": chosen.reason} for feature, chosen in features.items()},
     }
 

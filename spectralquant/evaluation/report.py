@@ -15,8 +15,9 @@ from spectralquant.errors import ConfigError
 from spectralquant.evaluation.methods import Method, find_method
 from spectralquant.evaluation.metrics import standard_error, summarise_language, summarise_success
 from spectralquant.evaluation.plots import write_plots
-from spectralquant.evaluation.runner import CONFIG, read_rows, write_json, write_text
+from spectralquant.evaluation.runner import CONFIG, read_rows
 from spectralquant.evaluation.tasks.problems import per_problem
+from spectralquant.files import write_json, write_text
 
 REPORT_JSON, REPORT_MARKDOWN = "report.json", "report.md"
 NEEDLE_COLUMNS = ("length", "depth", "kind")

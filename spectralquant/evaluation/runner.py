@@ -4,7 +4,6 @@ A run is a folder: `config.json` (the plan, the machine, versions), `rows.jsonl`
 """
 
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from spectralquant.errors import ConfigError, SpectralQuantError
 from spectralquant.evaluation.methods import Prepared, Subject, find_method
 from spectralquant.evaluation.plan import Plan
 from spectralquant.evaluation.tasks import Task, Unit, find_task
+from spectralquant.files import write_json, write_text
 
 CONFIG, ROWS = "config.json", "rows.jsonl"
 _RECORDED = ("torch", "transformers", "optimum-quanto", "hqq", "spectralquant")
@@ -115,18 +115,6 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     if len(whole) < len(text):
         write_text(path, whole)
     return [json.loads(line) for line in whole.splitlines()]
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Indented, written aside and renamed."""
-    write_text(path, json.dumps(document, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Written aside and renamed: a reader never sees half a file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def _version(name: str) -> str | None:

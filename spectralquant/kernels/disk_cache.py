@@ -9,33 +9,19 @@ import hashlib
 import logging
 import os
 import tempfile
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
+
+from spectralquant.home import home_folder
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _log = logging.getLogger("spectralquant")
 
 
 def cache_folder() -> Path | None:
-    """`$XDG_CACHE_HOME/spectralquant/kernels`, by default in `~/.cache`; None for a user without a home."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not Path(base).is_absolute():  # also "": the XDG specification says to ignore relative paths
-        try:
-            base = Path.home() / ".cache"
-        except RuntimeError:
-            return None
-    return Path(base) / "spectralquant" / "kernels"
-
-
-def cache_bytes() -> int:
-    """Bytes of all files in the cache folder."""
-    folder = cache_folder()
-    total = 0
-    with suppress(OSError):  # no folder yet, not readable, or a file renamed meanwhile
-        for file in folder.iterdir() if folder else ():
-            total += file.stat().st_size
-    return total
+    """Where compiled kernels are kept, or None for a user without a home."""
+    home = home_folder()
+    return None if home is None else home / "kernels"
 
 
 def read_cubin(key: str) -> bytes | None:
@@ -58,7 +44,7 @@ def write_cubin(key: str, cubin: bytes) -> None:
     """Store `cubin` under `key`, replacing what is there."""
     folder = cache_folder()
     if folder is None:
-        _warn_once("this user has no home folder and XDG_CACHE_HOME is not set: CUDA kernels are compiled again in every process")
+        _warn_once("this user has no home folder and SPECTRALQUANT_HOME is not set: CUDA kernels are compiled again in every process")
         return
     try:
         _replace(folder / f"{key}.cubin", hashlib.sha256(cubin).digest() + cubin)
