@@ -189,7 +189,7 @@ class Bench:
         return row
 
     def plan(self, context: int, batch: int, tokens: int, piece: int | None) -> MemoryPlan:
-        planner = Planner(self.model, self.codec, {}, CacheConfig())
+        planner = Planner.of(self.model, self.codec, {}, CacheConfig())
         forward = measure_forward(self.model, lambda: self.cache("packed"))
         return planner.plan(batch, context, tokens, forward, piece)
 

@@ -361,7 +361,7 @@ class SpectralQuantEngine:
 
     def _planner(self, model: PreTrainedModel) -> Planner:
         shares = {i: layer.exact_share for i, layer in self._profile(model).layers.items()}
-        return Planner(model, self.profile_codec(model), shares, self.cache_config)
+        return Planner.of(model, self.profile_codec(model), shares, self.cache_config)
 
     def compress_prefill(self, model: PreTrainedModel, tokenizer: Any, prompt: Any, *, add_special_tokens: bool = True) -> dict[str, Any]:
         """Run a prompt once and keep its compressed cache for any number of follow-ups.

@@ -1,6 +1,7 @@
-"""Files that are there in full or not at all."""
+"""Files that are there in full or not at all, and JSON that every program reads."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -20,3 +21,12 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, document: Any) -> None:
     """Indented, written as `write_text` does."""
     write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Lists for tuples, and None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

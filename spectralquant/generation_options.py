@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from spectralquant.errors import ConfigError
+
 _OTHER_SEARCH = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "penalty_alpha", "dola_layers", "constraints", "force_words_ids")
 """Options for other loops than greedy search, sampling and beams."""
 
@@ -35,3 +37,16 @@ def last_length(model: Any, generation: dict[str, Any], prompt: int) -> int | No
 def _number(model: Any, generation: dict[str, Any], name: str) -> int:
     own = generation.get("generation_config")
     return generation.get(name) or getattr(own, name, None) or getattr(model.generation_config, name, None) or 1
+
+
+def sampling_options(temperature: float, top_p: float) -> dict[str, Any]:
+    """Options of `generate`: the most likely token each time for a temperature of 0, else sampling.
+
+    Raises:
+        ConfigError: One is out of its range.
+    """
+    if not temperature >= 0:
+        raise ConfigError(f"temperature={temperature}: expected 0 or more")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p={top_p}: expected a share above 0, at most 1")
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}

@@ -5,7 +5,7 @@ saw (at most the preset's bound). What a forward pass takes besides is measured:
 proportion to the tokens that are in it at once, a line through the two tells the rest.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -83,53 +83,84 @@ class ForwardCost:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerSize:
+    """What decides the bytes of a coded layer.
+
+    Attributes:
+        heads, dim: KV heads and their size.
+        record_bytes: Of a unit of one head.
+        exact_share: Of the packed tokens, that stays exact.
+    """
+
+    heads: int
+    dim: int
+    record_bytes: int
+    exact_share: float
+
+    @property
+    def vector_bytes(self) -> int:
+        """Of a token's keys, or values, in 16 bits."""
+        return 2 * self.heads * self.dim
+
+
+@dataclass(frozen=True, slots=True)
 class Planner:
     """Plans for one model.
 
     Attributes:
-        codecs: Layer index -> codec.
-        shares: Layer index -> share of the packed tokens that stays exact.
+        weights, codec: Bytes of the model, and of the codec's constants.
+        layers: Coded layers.
+        sliding: Windows of the layers that are not coded.
         config: What stays exact besides.
+        ahead: Units that stores have room for in advance, on devices that replay decode steps.
     """
 
-    model: PreTrainedModel
-    codecs: dict[int, LayerCodec]
-    shares: dict[int, float]
+    weights: int
+    codec: int
+    layers: tuple[LayerSize, ...]
+    sliding: tuple[int, ...]
     config: CacheConfig
+    ahead: int = 0
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, codecs: dict[int, LayerCodec], shares: dict[int, float], config: CacheConfig) -> "Planner":
+        """For a calibrated model. `shares`: layer index -> share of the packed tokens that stays exact."""
+        sizes = [LayerSize(c.heads, c.head_dim, c.layout.record_bytes, min(shares.get(i, 0.0), c.exact_bound)) for i, c in codecs.items()]
+        ahead = AHEAD if model.device.type == "cuda" and config.cuda_graphs else 0
+        return cls(weight_bytes(model), codec_nbytes(codecs.values()), tuple(sizes), sliding_windows(model, codecs), config, ahead)
 
     def plan(self, batch: int, prompt: int, new_tokens: int, forward: ForwardCost | None = None, piece: int | None = None) -> MemoryPlan:
         """Of one generation. `piece`: tokens of each prompt that go through the model at a time, None for all."""
         at_once = min(prompt, piece or prompt)
         buffers = 0 if forward is None else forward.of(batch * at_once)
         if buffers and at_once < prompt:  # attention of later pieces decodes a tile of the earlier ones
-            buffers += 2 * self._vector_bytes(next(iter(self.codecs.values()))) * TILE_TOKENS
-        weights = storage_bytes((*self.model.parameters(), *self.model.buffers()))
-        cache = self._cache(batch, prompt, new_tokens)
-        return MemoryPlan(batch, prompt + new_tokens, weights, codec_nbytes(self.codecs.values()), forward=buffers, **cache)
+            buffers += 2 * self.layers[0].vector_bytes * TILE_TOKENS
+        return MemoryPlan(batch, prompt + new_tokens, self.weights, self.codec, forward=buffers, **self._cache(batch, prompt, new_tokens))
 
     def _cache(self, batch: int, prompt: int, new_tokens: int) -> dict[str, int]:
-        packed, exact, window, other, dense = 0, 0, 0, 0, 0
-        ahead = AHEAD if self.model.device.type == "cuda" and self.config.cuda_graphs else 0
-        units, room = _units(prompt, new_tokens, self.config, ahead)
-        for i, codec in self.codecs.items():
-            share = min(self.shares.get(i, 0.0), codec.exact_bound, self.config.max_exact_share)
+        packed, exact, window, dense = 0, 0, 0, 0
+        units, room = _units(prompt, new_tokens, self.config, self.ahead)
+        for layer in self.layers:
+            share, both = min(layer.exact_share, self.config.max_exact_share), 2 * layer.vector_bytes
             entries = self.config.sinks + EARLY * (share > 0) + int(share * units * UNIT) if units else 0
-            entries += ahead * EXACT_AHEAD * (room > units and share > 0)
-            both = 2 * self._vector_bytes(codec)
-            packed += batch * codec.key.encode_matrix.shape[0] * room * codec.layout.record_bytes
+            entries += self.ahead * EXACT_AHEAD * (room > units and share > 0)
+            packed += batch * layer.heads * room * layer.record_bytes
             exact += batch * entries * (both + 4)
             window += batch * (self.config.window + UNIT) * both
             dense += batch * (prompt + new_tokens) * both
-        for i, layer in enumerate(dense_layers(self.model.config)):
-            if i not in self.codecs and getattr(layer, "sliding_window", None):
-                other += batch * min(int(layer.sliding_window), prompt + new_tokens) * 2 * self._vector_bytes(next(iter(self.codecs.values())))
+        other = sum(batch * min(window, prompt + new_tokens) * 2 * self.layers[0].vector_bytes for window in self.sliding)
         return {"packed": packed, "exact": exact, "window": window, "other": other, "dense_cache": dense + other}
 
-    @staticmethod
-    def _vector_bytes(codec: LayerCodec) -> int:
-        """Of a token's keys, or values, in a layer and 16 bits."""
-        heads, dim = codec.key.encode_matrix.shape[:2]
-        return 2 * heads * dim
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Of parameters and buffers; shared ones count once."""
+    return storage_bytes((*model.parameters(), *model.buffers()))
+
+
+def sliding_windows(model: PreTrainedModel, coded: Collection[int]) -> tuple[int, ...]:
+    """Windows of the layers of `model` that are not in `coded`."""
+    layers = enumerate(dense_layers(model.config))
+    return tuple(int(layer.sliding_window) for i, layer in layers if i not in coded and getattr(layer, "sliding_window", None))
 
 
 def _units(prompt: int, new_tokens: int, config: CacheConfig, ahead: int) -> tuple[int, int]:
@@ -186,15 +217,15 @@ def bounded_memory(planner: Planner, rows: int, prompt: int, new_tokens: int, ma
 def _require_room(planner: Planner, plan: MemoryPlan, limit: int, prompt: int) -> None:
     if plan.cache <= limit:
         return
-    batch = _largest(lambda n: planner.plan(n, prompt, plan.context - prompt).cache <= limit, plan.batch)
-    context = _largest(lambda n: planner.plan(plan.batch, min(n, prompt), max(n - prompt, 0)).cache <= limit, plan.context)
+    batch = largest(lambda n: planner.plan(n, prompt, plan.context - prompt).cache <= limit, plan.batch)
+    context = largest(lambda n: planner.plan(plan.batch, min(n, prompt), max(n - prompt, 0)).cache <= limit, plan.context)
     raise MemoryLimitError(
         f"max_memory is {told_bytes(limit)}, and a cache of {plan.batch} x {plan.context:,} tokens takes {told_bytes(plan.cache)}; "
         f"{batch} x {plan.context:,} tokens would fit, or {plan.batch} x {context:,}"
     )
 
 
-def _largest(fits: Callable[[int], bool], high: int) -> int:
+def largest(fits: Callable[[int], bool], high: int) -> int:
     """The largest n in [0, high] that fits, where larger ones fit less."""
     low = 0
     while low < high:

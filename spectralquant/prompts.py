@@ -70,6 +70,11 @@ def _chat(tokenizer: Any, messages: Any) -> list[int]:
     return _text(tokenizer, text, False)
 
 
+def as_message(tokenizer: Any, text: str) -> Any:
+    """`text` as a user's message where the tokenizer knows how chats are written, else as it is."""
+    return [{"role": "user", "content": text}] if getattr(tokenizer, "chat_template", None) else text
+
+
 def with_pad_token(model: Any, tokenizer: Any, generation: dict[str, Any]) -> dict[str, Any]:
     """`generation` with a pad token for models whose configuration names none (transformers warns at every call otherwise)."""
     if model.generation_config.pad_token_id is not None or "pad_token_id" in generation:

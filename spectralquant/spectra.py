@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 
-from spectralquant.codec.budget import semantic_size
-from spectralquant.presets import CompressionPreset
-from spectralquant.profile import Profile
+from spectralquant.codec.budget import coordinate_bits, plane_counts, semantic_size
+from spectralquant.config import Dials
+from spectralquant.presets import BIT_WIDTHS, CompressionPreset
+from spectralquant.profile import KEY, VALUE, Profile
 
 
 def spectrum_summary(profile: Profile, preset: CompressionPreset) -> dict[str, Any]:
@@ -23,3 +24,23 @@ def spectrum_summary(profile: Profile, preset: CompressionPreset) -> dict[str, A
         "gap_mean": float(gaps.mean()),
         "gap_median": float(gaps.median()),
     }
+
+
+def describe_heads(profile: Profile, preset: CompressionPreset) -> list[dict[str, Any]]:
+    """A line for K and for V of every head: {layer, head, side, d_eff, variance, bits, widths}.
+
+    `bits` is the mean width of a coordinate and `widths` how many coordinates have which, as water is filled over the spectrum; jointly quantized values
+    have the same bits in all, spread over blocks of coordinates.
+    """
+    lines: list[dict[str, Any]] = []
+    planes = dict(zip((KEY, VALUE), plane_counts(profile, preset, Dials()), strict=True))
+    for index, layer in profile.layers.items():
+        for side in (KEY, VALUE):
+            variance = getattr(layer, side).variance
+            for head, widths in enumerate(coordinate_bits(variance, planes[side], Dials(), preset, side)):
+                counts = {str(width): int((widths == width).sum()) for width in BIT_WIDTHS}
+                spectrum = variance[head].tolist()
+                size = semantic_size(variance[head][None], preset.d_eff_variance)
+                bits = float(widths.double().mean())
+                lines.append({"layer": index, "head": head, "side": side, "d_eff": size, "variance": spectrum, "bits": bits, "widths": counts})
+    return lines

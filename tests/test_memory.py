@@ -14,7 +14,7 @@ from spectralquant.compat import cache_argument
 from spectralquant.corpus import get_default_calibration_texts
 from spectralquant.engine import SpectralQuantEngine
 from spectralquant.errors import ConfigError, MemoryLimitError
-from spectralquant.memory import ForwardCost, _largest, parse_bytes, told_bytes
+from spectralquant.memory import ForwardCost, largest, parse_bytes, told_bytes
 
 
 def filled(engine: SpectralQuantEngine, model: PreTrainedModel, batch: int, prompt: int, new: int) -> SpectralCache:
@@ -81,8 +81,8 @@ def test_bytes_in_words() -> None:
     assert [told_bytes(n) for n in (12, 1500, 2_000_000, 12_340_000_000)] == ["12 bytes", "1.5 kB", "2 MB", "12.3 GB"]
 
 
-def test_largest() -> None:
-    assert [_largest(lambda n, m=m: n <= m, 9) for m in (-1, 0, 4, 9, 20)] == [0, 0, 4, 9, 9]
+def testlargest() -> None:
+    assert [largest(lambda n, m=m: n <= m, 9) for m in (-1, 0, 4, 9, 20)] == [0, 0, 4, 9, 9]
 
 
 @pytest.mark.parametrize("call", [1, 4])

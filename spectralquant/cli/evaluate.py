@@ -1,85 +1,104 @@
 """`spectralquant evaluate`: a plan from the command line, the run, its report."""
 
-import argparse
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from spectralquant.cli.options import DEMO, Calibration, DType, Json, Model
 from spectralquant.errors import ConfigError
 
 DEFAULT_METHODS = (
     "fp16", "fp8", "q8_0", "q4_0", "kivi4-g32", "kivi4-g128", "kivi2-g32", "kivi2-g128", "rotation2", "rotation3", "rotation4",
     "pca2", "pca2.375", "pca3", "standard", "high", "max", "ultra",
 )  # fmt: skip
+TASKS = ("language", "needles", "problems")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `evaluate`; unset ones keep the defaults of `evaluation.plan.Plan`."""
-    parser.add_argument("model", nargs="?", help="folder, GGUF file or hub name; default: SmolLM2-135M-Instruct from the demo extra")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the run; an interrupted run goes on there")
-    parser.add_argument("--method", action="append", metavar="NAME", help="method (may be repeated; `--method list` prints all); default: a wide choice")
-    parser.add_argument("--task", action="append", choices=["language", "needles", "problems"], help="may be repeated; default: language")
-    parser.add_argument("--text", action="append", metavar="NAME=SOURCE", help="text to score: a file, a .jsonl file, or stdlib:module,module")
-    parser.add_argument("--context", action="append", type=int, metavar="TOKENS", help="tokens in the cache before scoring (may be repeated)")
-    parser.add_argument("--windows", type=int, help="windows per text and context (default 8)")
-    parser.add_argument("--scored", type=int, help="scored tokens per window (default 256)")
-    parser.add_argument("--chunk", type=int, help="tokens fed at a time while scoring, 1 to 16 (default 16)")
-    parser.add_argument("--needle-length", action="append", type=int, metavar="TOKENS", help="haystack (may be repeated)")
-    parser.add_argument("--needle-depth", action="append", type=float, metavar="SHARE", help="place of the needle, 0 to 1 (may be repeated)")
-    parser.add_argument("--needle-kind", action="append", metavar="KIND", help="sentence, key-value or multi-key (may be repeated)")
-    parser.add_argument("--needle-samples", type=int, help="needles per kind, length and depth (default 4)")
-    parser.add_argument("--problems", type=int, help="number of word problems (default 100)")
-    parser.add_argument("--problem-file", metavar="FILE", help='JSON lines with "question" and "answer" ending in "#### 42"; default: generated ones')
-    parser.add_argument("--seed", type=int, help="of windows, needles and generated problems (default 0)")
-    parser.add_argument("--calibration", metavar="FILE", help="calibration of the model; default: made in the run's folder")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model; default: float32 on a CPU, bfloat16 on a GPU")
+def evaluate(
+    model: Model = DEMO,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the run; an interrupted run goes on there.")] = None,
+    method: Annotated[list[str] | None, typer.Option(metavar="NAME", help="May be repeated; `list` prints all. Default: a wide choice.")] = None,
+    task: Annotated[list[str] | None, typer.Option(metavar="NAME", help=f"One of {', '.join(TASKS)}; may be repeated. Default: language.")] = None,
+    text: Annotated[list[str] | None, typer.Option(metavar="NAME=SOURCE", help="A file, a .jsonl file, or stdlib:module,module; may be repeated.")] = None,
+    context: Annotated[list[int] | None, typer.Option(metavar="TOKENS", help="In the cache before scoring; may be repeated. Default: 512 and 2048.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Per text and context. Default: 8.")] = None,
+    scored: Annotated[int | None, typer.Option(help="Scored tokens per window. Default: 256.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Tokens fed at a time while scoring, 1 to 16. Default: 16.")] = None,
+    needle_length: Annotated[list[int] | None, typer.Option(metavar="TOKENS", help="Of the haystack; may be repeated.")] = None,
+    needle_depth: Annotated[list[float] | None, typer.Option(metavar="SHARE", help="Place of the needle, 0 to 1; may be repeated.")] = None,
+    needle_kind: Annotated[list[str] | None, typer.Option(metavar="KIND", help="sentence, key-value or multi-key; may be repeated.")] = None,
+    needle_samples: Annotated[int | None, typer.Option(help="Needles per kind, length and depth. Default: 4.")] = None,
+    problems: Annotated[int | None, typer.Option(help="Word problems. Default: 100.")] = None,
+    problem_file: Annotated[str | None, typer.Option(metavar="FILE", help='JSON lines: "question", "answer" ending in "#### 42". Default: made up.')] = None,
+    seed: Annotated[int | None, typer.Option(help="Of windows, needles and made-up problems. Default: 0.")] = None,
+    calibration: Calibration = None,
+    dtype: DType = None,
+    as_json: Json = False,
+) -> None:
+    """Measure KL, retrieval and word problems for this package and its peers on the same windows.
 
-
-def run_evaluate(args: argparse.Namespace) -> int:
-    """Run, print and write the report; returns the exit status."""
+    \b
+    spectralquant evaluate --out run
+    spectralquant evaluate path/to/model --out run --text prose=book.txt --context 2048 --method fp16 --method kivi4-g128 --method high
+    spectralquant evaluate --method list
+    """
     from spectralquant.cli.models import load_model
-    from spectralquant.evaluation.methods import METHODS, Subject, find_method
+    from spectralquant.cli.output import Output
+    from spectralquant.cli.session import require_calibration
+    from spectralquant.evaluation.methods import Subject, find_method
     from spectralquant.evaluation.plan import Plan
     from spectralquant.evaluation.report import write_report
     from spectralquant.evaluation.runner import run
-    from spectralquant.profile import with_suffix
+    from spectralquant.evaluation.tasks import find_task
+    from spectralquant.pretrained import calibration_file
 
-    if args.method and "list" in args.method:
-        for method in METHODS.values():
-            print(f"{method.name:16}{method.label}{' (size counted, codes simulated)' if method.simulated else ''}")
-        return 0
-    methods = tuple(args.method or DEFAULT_METHODS)
+    say, methods = Output(as_json), tuple(method or DEFAULT_METHODS)
+    if "list" in methods:
+        return _list_methods(say)
+    if out is None:
+        raise ConfigError("--out is missing; expected the folder for the run, for example --out run")
     for name in methods:
         find_method(name)
+    for name in task or ():
+        find_task(name)
     chosen = {
-        "tasks": args.task, "contexts": args.context, "windows": args.windows, "scored": args.scored, "chunk": args.chunk,
-        "needle_lengths": args.needle_length, "needle_depths": args.needle_depth, "needle_kinds": args.needle_kind,
-        "needle_samples": args.needle_samples, "problems": args.problems, "problem_file": args.problem_file, "seed": args.seed,
+        "tasks": task, "contexts": context, "windows": windows, "scored": scored, "chunk": chunk,
+        "needle_lengths": needle_length, "needle_depths": needle_depth, "needle_kinds": needle_kind,
+        "needle_samples": needle_samples, "problems": problems, "problem_file": problem_file, "seed": seed,
     }  # fmt: skip
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items() if v is not None}
-    if args.text:
-        settings["texts"] = dict(_named_text(text) for text in args.text)
+    if text:
+        settings["texts"] = dict(named_text(pair) for pair in text)
     Plan(model="", methods=methods, **settings)  # bad settings are refused before a model is loaded
-    calibration = None if args.calibration is None else with_suffix(args.calibration)
-    if calibration is not None and not calibration.is_file():
-        raise ConfigError(f"--calibration {args.calibration}: there is no such file; make one with engine.calibrate_to, or leave it out")
-    model, tokenizer, label = load_model(args.model, args.dtype)
-    plan = Plan(model=label, methods=methods, **settings)
-    folder = Path(args.out)
-    run(plan, Subject(model, tokenizer, folder, calibration), _command())
-    write_report(folder).print()
-    print(f"\nwritten to {folder}")
-    return 0
+    require_calibration(calibration)
+    loaded, tokenizer, label = load_model(model, dtype)
+    file = None if calibration is None else calibration_file(calibration)
+    run(Plan(model=label, methods=methods, **settings), Subject(loaded, tokenizer, out, file), command_line())
+    report = write_report(out)
+    report.print(say.console)
+    say.say(f"\nwritten to {out}; spectralquant report {out} makes a page of it")
+    return say.document(report.as_json())
 
 
-def _named_text(text: str) -> tuple[str, str]:
+def _list_methods(out: Any) -> None:
+    from spectralquant.evaluation.methods import METHODS
+
+    for method in METHODS.values():
+        out.say(f"{method.name:16}{method.label}{' (size counted, codes simulated)' if method.simulated else ''}")
+    out.document([{"name": m.name, "label": m.label, "simulated": m.simulated} for m in METHODS.values()])
+
+
+def named_text(text: str) -> tuple[str, str]:
+    """(name, source) of "NAME=SOURCE"."""
     name, separator, source = text.partition("=")
     if not separator or not name or not source:
         raise ConfigError(f"--text {text}: expected NAME=SOURCE, for example --text prose=book.txt")
     return name, source
 
 
-def _command() -> str:
+def command_line() -> str:
     """The command line with folders of absolute paths left out."""
     return " ".join(["spectralquant", *(re.sub("(^|=)/.*/", r"\1", argument) for argument in sys.argv[1:])])

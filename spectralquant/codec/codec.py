@@ -156,6 +156,10 @@ class LayerCodec:
         return not any(isinstance(side.quantizer, LloydMaxBits) for side in (self.key, self.value))
 
     @property
+    def heads(self) -> int:
+        return self.key.encode_matrix.shape[0]
+
+    @property
     def head_dim(self) -> int:
         return self.key.encode_matrix.shape[-1]
 

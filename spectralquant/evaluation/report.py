@@ -5,11 +5,14 @@ A run that was interrupted, or is still going on, has a report too: each line sa
 
 import json
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
 
 from spectralquant.errors import ConfigError
 from spectralquant.evaluation.methods import Method, find_method
@@ -17,15 +20,13 @@ from spectralquant.evaluation.metrics import standard_error, summarise_language,
 from spectralquant.evaluation.plots import write_plots
 from spectralquant.evaluation.runner import CONFIG, read_rows
 from spectralquant.evaluation.tasks.problems import per_problem
-from spectralquant.files import write_json, write_text
+from spectralquant.files import plain, write_json, write_text
 
 REPORT_JSON, REPORT_MARKDOWN = "report.json", "report.md"
 NEEDLE_COLUMNS = ("length", "depth", "kind")
 _NEEDLE_GROUPS = ((), ("length",), ("depth",), ("kind",), ("length", "depth"))
 _SIMULATED = "† codes simulated, size counted"
 _DIFFERENCES = "Differences on the same units, in percentage points, ± standard error."
-_PIPED_WIDTH = 200
-"""Characters of a line that goes to a file or a pipe: there is no window to fit."""
 
 Row = dict[str, Any]
 
@@ -58,7 +59,7 @@ class RunReport:
         """Plain lists and dictionaries, the configuration first. A figure that can't be given is None."""
         methods = [{"name": m.name, "label": m.label, "family": m.family, "simulated": m.simulated} for m in self.methods]
         tables = {"methods": methods, "yardstick": self.yardstick, "language": self.language, "needles": self.needles, "problems": self.problems}
-        return _plain({"config": self.config, **tables})
+        return plain({"config": self.config, **tables})
 
     def as_markdown(self) -> str:
         """A document: the configuration in a line, then the tables."""
@@ -68,22 +69,11 @@ class RunReport:
             parts += [f"## {table.title}", "\n".join(f"| {' | '.join(_escape(cell) for cell in line)} |" for line in lines), *table.notes]
         return "\n\n".join(parts) + "\n"
 
-    def print(self) -> None:
-        """Show the tables in the terminal.
-
-        Raises:
-            ConfigError: rich is not installed.
-        """
-        try:
-            from rich import box
-            from rich.console import Console
-            from rich.table import Table as RichTable
-        except ImportError as error:
-            raise ConfigError('tables in the terminal need rich, which is not installed; run: pip install "spectralquant[evaluate]"') from error
-        console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
-        console.print(f"{self.config['plan']['model']}: {_describe(self.config, '')}", style="dim")
+    def print(self, console: Console) -> None:
+        """Show the tables in the terminal."""
+        console.print(f"{self.config['plan']['model']}: {_describe(self.config, '')}", style="dim", soft_wrap=True)
         for line in _left_out(self.config):
-            console.print(line, style="yellow")
+            console.print(line, style="yellow", soft_wrap=True)
         for table in _tables(self):
             shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, caption="\n".join(table.notes))
             shown.caption_justify = "left"
@@ -179,15 +169,6 @@ def _group(rows: Iterable[Row], columns: Sequence[str]) -> dict[tuple[Any, ...],
     for row in rows:
         groups.setdefault(tuple(row[column] for column in columns), []).append(row)
     return groups
-
-
-def _plain(value: Any) -> Any:
-    """Lists for tuples, and None for NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,42 @@
+"""Where a verb's words and figures go."""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from spectralquant.files import plain
+
+PIPED_WIDTH = 200
+"""Characters of a line that goes to a file or a pipe: there is no window to fit."""
+
+
+class Output:
+    """Words for a person and one document for a program: with --json the document is all there is on stdout."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        stream = sys.stderr if as_json else sys.stdout
+        self.console = Console(file=stream, highlight=False, markup=False, emoji=False, width=None if stream.isatty() else PIPED_WIDTH)
+
+    def say(self, text: str = "", style: str | None = None) -> None:
+        """Lines of text; never taken for markup."""
+        self.console.print(text, style=style, soft_wrap=True)
+
+    def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", words: Sequence[str] = ()) -> None:
+        """Figures to the right; the first column, and those named in `words`, to the left."""
+        shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+        for i, name in enumerate(header):
+            shown.add_column(name, justify="right" if i and name not in words else "left", no_wrap=not i)
+        for row in rows:
+            shown.add_row(*row)
+        self.console.print(shown)
+
+    def document(self, content: Any) -> None:
+        """The figures, when --json asks for them."""
+        if self.as_json:
+            print(json.dumps(plain(content), indent=2), flush=True)
