@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import TinyTokenizer, tiny_model
+from tiny_models import TinyTokenizer, save_tiny_model, tiny_model
 from transformers import PreTrainedModel
 
 from spectralquant import SpectralQuantEngine, calibration_cache
@@ -58,6 +58,14 @@ def llama() -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def tokenizer() -> TinyTokenizer:
     return TinyTokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the tiny llama, for which `llama_calibration` was made, and a tokenizer of one token per character."""
+    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
+    save_tiny_model(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,22 @@
 """Tiny random models built from configurations: no download, a second each."""
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 COMMON: dict[str, Any] = {
     "vocab_size": 199,
@@ -27,6 +39,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+
+
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A random model of `family`; weights large enough that attention is far from uniform."""
     torch.manual_seed(seed)
@@ -36,6 +51,18 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: 
             if "proj" in name and parameter.dim() == 2:
                 parameter.mul_(4.0)
     return model.eval()
+
+
+def save_tiny_model(folder: Path, family: str = "llama") -> None:
+    """The tiny model, and a tokenizer of transformers' own with one token per character and a chat template."""
+    special = ["<pad>", "<s>", "</s>", "<unk>", "\n"]
+    core = Tokenizer(models.WordLevel({c: i for i, c in enumerate([*special, *map(chr, range(32, 127))])}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"(.|\n)"), "isolated")
+    core.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = CHAT
+    fast.save_pretrained(folder)
+    tiny_model(family).save_pretrained(folder)
 
 
 class TinyTokenizer:
