@@ -56,7 +56,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ConfigError('plots need matplotlib, which is not installed; run: pip install "spectralquant[evaluate]"') from error
+        raise ConfigError('plots need matplotlib, which is not installed; run: pip install "spectralquant[report]"') from error
 
 
 @contextmanager
