@@ -105,7 +105,7 @@ class SpectralQuant:
     ) -> dict[str, Any]:
         """See `SpectralQuantEngine.generate`; every further option goes to transformers' `generate`."""
         sampling = {"temperature": temperature, "top_p": top_p} if do_sample else {}
-        options = {"do_sample": do_sample, "repetition_penalty": repetition_penalty, **sampling, **generation}
+        options: dict[str, Any] = {"do_sample": do_sample, "repetition_penalty": repetition_penalty, **sampling, **generation}
         return self._engine.generate(model, tokenizer, prompt, max_new_tokens, add_special_tokens=add_special_tokens, **options)
 
     def compress_prefill(self, model: PreTrainedModel, tokenizer: Any, prompt: Any, *, add_special_tokens: bool = True) -> dict[str, Any]:

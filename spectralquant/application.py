@@ -5,7 +5,7 @@ What is noted about a model lies on the model, so that any number of engines and
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import RLock, get_ident
@@ -57,7 +57,7 @@ def remove(model: Any) -> None:
 
 
 @contextmanager
-def applied(model: Any) -> Iterator[None]:
+def applied(model: Any) -> Generator[None]:
     """`apply` for the length of a with block. The last one to end puts the model back, unless it was asked for without an end."""
     model, thread = unwrapped(model), get_ident()
     with _lock:

@@ -8,7 +8,7 @@ calibrations are made as if there were no cache, with a warning.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def _write(path: Path, profile: Profile) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[bool]:
+def _locked(path: Path) -> Generator[bool]:
     """Hold the lock of `path`. Yields whether it could be had at all: a folder may be read-only."""
     lock = FileLock(path.with_suffix(".lock"))
     try:

@@ -99,7 +99,7 @@ def _hold_out(streams: list[list[int]]) -> list[list[int]]:
     """
     places = [i for i, s in enumerate(streams) for _ in range(min(len(s) // (2 * HELD_OUT_TOKENS), HELD_OUT_WINDOWS))]
     count = min(HELD_OUT_WINDOWS, len(places))
-    windows = []
+    windows: list[list[int]] = []
     for i in (places[(2 * k + 1) * len(places) // (2 * count)] for k in range(count)):
         windows.append(streams[i][-HELD_OUT_TOKENS:])
         streams[i] = streams[i][:-HELD_OUT_TOKENS]

@@ -80,5 +80,5 @@ class GraphSet:
 
 def _end_random_capture(device: torch.device) -> None:
     """A capture that fails leaves torch's generator waiting for its end: random numbers would be errors from then on."""
-    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]  # pyright: ignore[reportUnnecessaryComparison]
     generator.graphsafe_set_state(generator.clone_state())

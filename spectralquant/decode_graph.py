@@ -18,7 +18,7 @@ Nothing depends on it: a model that can't be captured or compiled is run as it i
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -80,6 +80,10 @@ class DecodeGraph(GraphSet):
         cache: Every layer coded, on an NVIDIA GPU that runs the kernels.
         ends: Ids of tokens behind which nothing is read of a row any more. Only for rows that keep their place: none for beam search.
     """
+
+    model: PreTrainedModel
+    forward: Callable[..., Any]
+    cache: SpectralCache
 
     def __init__(self, model: PreTrainedModel, forward: Callable[..., Any], cache: SpectralCache, ends: tuple[int, ...] = ()) -> None:
         super().__init__(model.device)
@@ -223,7 +227,7 @@ class DecodeGraph(GraphSet):
                 self._inputs[name].copy_(value)
 
     @contextmanager
-    def _stepping(self) -> Iterator[None]:
+    def _stepping(self) -> Generator[None]:
         layers: list[SpectralLayer] = self.cache.coded_layers
         try:
             for layer in layers:
@@ -265,14 +269,14 @@ def compile_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     compiled = torch.compile(forward)
 
     def run(**inputs: Any) -> Any:
-        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):  # pyright: ignore[reportPrivateUsage]
             return compiled(**inputs)
 
     return run
 
 
 @contextmanager
-def graphed_steps(model: Any, cache: SpectralCache, ends: tuple[int, ...] = ()) -> Iterator[DecodeGraph | None]:
+def graphed_steps(model: Any, cache: SpectralCache, ends: tuple[int, ...] = ()) -> Generator[DecodeGraph | None]:
     """For the length of a with block, decode steps of `model` on `cache` are replayed where that is possible; gives None where it never is. Leaves a
     `DecodeReport` in `cache.decode_report`. `ends`: see `DecodeGraph`."""
     forward, obstacle = model.forward, find_obstacle(model, cache)

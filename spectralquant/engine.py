@@ -6,7 +6,7 @@ An engine keeps one calibration per model, told apart by the model's fingerprint
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,11 @@ class SpectralQuantEngine:
             raise ConfigError("use_qjl=True: a QJL stage is not offered, it costs bits and raises the error; leave it False")
         if not use_water_fill:
             raise ConfigError("use_water_fill=False: bits are always allocated by water-filling; leave it True")
-        self.head_dim = None if head_dim is None else require_int("head_dim", head_dim, 1)
-        self.preset = resolve_preset(compression)
-        self.dials = Dials(total_bits, noise_bits, value_noise_bits, d_eff_variance)
+        self.head_dim: int | None = None if head_dim is None else require_int("head_dim", head_dim, 1)
+        self.preset: CompressionPreset = resolve_preset(compression)
+        self.dials: Dials = Dials(total_bits, noise_bits, value_noise_bits, d_eff_variance)
         self.device = device
-        self.cache_config = cache_config or CacheConfig()
+        self.cache_config: CacheConfig = cache_config or CacheConfig()
         if quantizer not in QUANTIZERS:
             raise ConfigError(f"quantizer={quantizer!r}: expected one of {', '.join(map(repr, QUANTIZERS))}")
         self.quantizer = quantizer
@@ -257,7 +257,7 @@ class SpectralQuantEngine:
         return model
 
     @contextmanager
-    def applied_to(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    def applied_to(self, model: PreTrainedModel) -> Generator[PreTrainedModel]:
         """`apply_to` for the length of a with block (no effect at its end if it was applied before, or another thread is inside such a block)."""
         with application.applied(model):
             yield model
@@ -469,7 +469,7 @@ def _advance_to(bar: Any) -> Callable[[float], None]:
 
 
 @contextmanager
-def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+def _evaluation_mode(model: PreTrainedModel) -> Generator[None]:
     training = model.training
     model.eval()
     try:

@@ -6,6 +6,7 @@ when it is missing, hands transformers a copy of the cache, and takes the prefix
 as it found it. Everything else passes through.
 """
 
+from collections.abc import Callable
 from functools import update_wrapper
 from typing import Any
 
@@ -27,6 +28,9 @@ class Generate:
     Args:
         model: The model.
     """
+
+    model: Any
+    original: Callable[..., Any]
 
     def __init__(self, model: Any) -> None:
         self.model, self.original = model, model.generate

@@ -19,7 +19,7 @@ from spectralquant.calibration.fit import fit_profile
 from spectralquant.calibration.hf import collect
 from spectralquant.codec.budget import semantic_size
 from spectralquant.codec.codec import SideCodec, build_codec, map_tensors
-from spectralquant.codec.layout import UNIT, pack_gains, pack_planes, unpack_gains, unpack_planes
+from spectralquant.codec.layout import UNIT, RecordLayout, pack_gains, pack_planes, unpack_gains, unpack_planes
 from spectralquant.config import Dials, require_int
 from spectralquant.corpus import make_samples
 from spectralquant.errors import CalibrationError, ConfigError, ShapeError
@@ -68,7 +68,7 @@ class EigenspectralCalibrator:
     """
 
     def __init__(self, max_tokens_per_layer: int = 50_000) -> None:
-        self.max_tokens = require_int("max_tokens_per_layer", max_tokens_per_layer, 256)
+        self.max_tokens: int = require_int("max_tokens_per_layer", max_tokens_per_layer, 256)
         self._profile: Profile | None = None
 
     def calibrate(self, model: PreTrainedModel, tokenizer: Any, texts: list[str] | None = None) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class EigenspectralCalibrator:
             CalibrationError: There is no calibration yet.
             ConfigError: There is no such layer, head or type.
         """
-        profile = self._require()
+        profile = self.profile
         if head_type not in SIDES or layer not in profile.layers or not 0 <= head < profile.layers[layer].heads:
             raise ConfigError(f"layer={layer}, head={head}, head_type={head_type!r}: expected a coded layer, one of its KV heads, and 'key' or 'value'")
         side = getattr(profile.layers[layer], head_type)
@@ -111,7 +111,7 @@ class EigenspectralCalibrator:
 
     def iter_heads(self) -> Iterator[HeadCalibrationData]:
         """Every head of every coded layer, keys before values."""
-        for index, layer in self._require().layers.items():
+        for index, layer in self.profile.layers.items():
             for side in SIDES:
                 yield from (self.get(index, head, side) for head in range(layer.heads))
 
@@ -131,13 +131,19 @@ class EigenspectralCalibrator:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the spectra to one `.safetensors` file."""
-        return self._require().save(path)
+        return self.profile.save(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read what `save`, or an engine's `save_calibration`, wrote."""
         self._profile = load_profile(path)
 
-    def _require(self) -> Profile:
+    @property
+    def profile(self) -> Profile:
+        """The spectra of the whole model.
+
+        Raises:
+            CalibrationError: There is no calibration yet.
+        """
         if self._profile is None:
             raise CalibrationError("there is no calibration yet: call calibrate(model, tokenizer) or load(path) first")
         return self._profile
@@ -165,9 +171,12 @@ class HeadEngine:
         compression: Preset whose widths are used.
     """
 
+    head_dim: int
+    layout: RecordLayout
+
     def __init__(self, calibrator: EigenspectralCalibrator, layer: int, head: int, compression: str = "high") -> None:
         data = calibrator.get(layer, head, "key")
-        codec = build_codec(calibrator._require(), resolve_preset(compression), Dials())[layer]
+        codec = build_codec(calibrator.profile, resolve_preset(compression), Dials())[layer]
         self.head_dim, self.layout = data.head_dim, codec.layout
         self._key, self._value = (_one_head(side, head) for side in (codec.key, codec.value))
 

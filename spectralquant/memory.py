@@ -5,7 +5,7 @@ saw (at most the preset's bound). What a forward pass takes besides is measured:
 proportion to the tokens that are in it at once, a line through the two tells the rest.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -194,7 +194,7 @@ def _peak_beside_cache(model: PreTrainedModel, cache: SpectralCache, tokens: int
 
 
 @contextmanager
-def bounded_memory(planner: Planner, rows: int, prompt: int, new_tokens: int, max_memory: int | str | None) -> Iterator[None]:
+def bounded_memory(planner: Planner, rows: int, prompt: int, new_tokens: int, max_memory: int | str | None) -> Generator[None]:
     """For the length of a generation: refuse it if its cache would take more than `max_memory`, and say what was needed where the device's memory runs out.
 
     Raises:

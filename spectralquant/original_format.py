@@ -56,7 +56,7 @@ def load_original(path: Path) -> Profile:
 
 
 def _layer(tensors: Any, places: set[tuple[int, str, int]], layer: int, source: Path) -> LayerProfile:
-    sides = []
+    sides: list[SideProfile] = []
     for side in SIDES:
         heads = sorted(head for at, kind, head in places if (at, kind) == (layer, side))
         if not heads or heads != list(range(len(heads))):

@@ -202,10 +202,11 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
     if not target.is_file():
         raise ProfileError(f"calibration file {target} does not exist; save_calibration() writes one")
     try:
-        with safe_open(target, framework="pt") as f:
-            header = f.metadata() or {}
+        file: Any = safe_open(target, framework="pt")
+        with file as f:
+            header: dict[str, str] = f.metadata() or {}
             _require_header(target, header)
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dictionary)
+            tensors: dict[str, Tensor] = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dictionary)
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, ProfileError):
             raise

@@ -31,7 +31,7 @@ from spectralquant.compat import cache_argument
 from spectralquant.config import CacheConfig, Dials
 from spectralquant.errors import CalibrationError, ConfigError, UnsupportedModelError
 from spectralquant.presets import CompressionPreset
-from spectralquant.profile import Choices, Profile
+from spectralquant.profile import Choices, LayerProfile, Profile
 
 SCORED_SHARE = 4
 """One token in so many of a held-out window is scored, the others are its context."""
@@ -149,7 +149,7 @@ def prepare(model: PreTrainedModel, held_out: list[Tensor], coded: Iterable[int]
 def with_measured(profile: Profile, windows: HeldOut, preset: CompressionPreset, config: CacheConfig, quantizer: str) -> Profile:
     """`profile` with what follows from its codes of the contexts of the windows: every layer's median K error, against which unusual keys stand out, the
     share of tokens that should stay exact, and the mass that the others lack."""
-    layers = {}
+    layers: dict[int, LayerProfile] = {}
     device = windows.scored.device
     start = torch.zeros(len(windows.scored), dtype=torch.int64, device=device)
     for index, codec in build_codec(profile, preset, Dials(), device, quantizer).items():
@@ -184,7 +184,8 @@ def measure(
     cache.fill(deepcopy(windows.context))
     with torch.no_grad():
         logits = model(input_ids=windows.scored, use_cache=True, **cache_argument(model, cache)).logits
-    divergence, agree = [], []
+    divergence: list[Tensor] = []
+    agree: list[Tensor] = []
     for want, row in zip(windows.reference, logits, strict=True):  # one by one: a large vocabulary makes these the largest tensors of all
         got = row.float().log_softmax(-1)
         divergence.append((want.exp() * (want - got)).sum(-1))

@@ -4,9 +4,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.resources import files
 from pathlib import Path
+
+import pytest
 
 import spectralquant
 from spectralquant.requirements import TRANSFORMERS
@@ -56,15 +59,38 @@ def test_package_data_is_there() -> None:
     assert len(list((root / "corpus").iterdir())) == 64 and len(list((root / "prompts").iterdir())) == 4
 
 
-def test_wheel_holds_the_sources_of_kernels(tmp_path: Path) -> None:
-    """Built from a copy, so that nothing is written into the working tree."""
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "spectralquant", tmp_path / "spectralquant", ignore=shutil.ignore_patterns("__pycache__"))
-    code = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith((".cu", ".cuh"))}
-    kernels = ROOT / "spectralquant" / "kernels"
-    sources = {f"spectralquant/kernels/{file.name}" for file in kernels.iterdir() if file.suffix in {".cu", ".cuh"}}
-    assert packed == sources and "spectralquant/kernels/dense.cu" in packed
+def test_wheel_holds_everything_of_the_package(tmp_path: Path) -> None:
+    """Kernels, corpus, prompts, templates and py.typed too; and of the rest nothing."""
+    with zipfile.ZipFile(built("wheel", tmp_path)) as wheel:
+        packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert packed == {name for name in tracked() if name.startswith("spectralquant/")}
+    assert {"spectralquant/kernels/dense.cu", "spectralquant/py.typed"} <= packed
+
+
+def test_sdist_holds_all_that_is_tracked(tmp_path: Path) -> None:
+    """Its tests run: they read pages, examples, scripts and figures."""
+    with tarfile.open(built("sdist", tmp_path)) as sdist:
+        packed = {file.name.split("/", 1)[1] for file in sdist.getmembers() if file.isfile()}
+    assert tracked() - packed == {".gitignore"}
+    assert {name for name in packed - tracked() if ".egg-info/" not in name} == {"PKG-INFO", "setup.cfg"}
+
+
+def tracked() -> set[str]:
+    """Files of the repository that are there, and new ones that git does not ignore."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {name for name in listed if (ROOT / name).exists()}
+
+
+def built(kind: str, folder: Path) -> Path:
+    """The wheel or sdist of a copy of what is tracked, so that nothing is written into the working tree."""
+    for name in tracked():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    code = f"from setuptools.build_meta import build_{kind}; build_{kind}('dist')"
+    out = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert not re.search("no .*files found|no directories found|Deprecat", out.stdout + out.stderr)
+    (file,) = (folder / "dist").iterdir()
+    return file

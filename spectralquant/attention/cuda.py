@@ -37,7 +37,7 @@ class FusedAttention:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        self.blocks: int = torch.cuda.get_device_properties(device).multi_processor_count
         self._constants: dict[int, tuple[LayerCodec, KernelConstants]] = {}  # the codec too: its id stays its own
         self._anchors: dict[tuple[int, ...], list[Tensor]] = {}  # ever longer ones: a CUDA graph of another cache may still read the earlier
         self._workspaces: dict[int, Workspace] = {}  # by stream: launches on one stream follow each other

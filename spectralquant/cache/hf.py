@@ -184,7 +184,7 @@ def coded_layer_indices(model: PreTrainedModel) -> list[int]:
         raise UnsupportedModelError(f"{name} has no attention heads: there is nothing to compress")
     layers = dense_layers(model.config)
     grow = [i for i, layer in enumerate(layers) if type(layer) in CODED]
-    if model._is_stateful and not KEEPS_RECURRENT_STATES:
+    if model._is_stateful and not KEEPS_RECURRENT_STATES:  # pyright: ignore[reportPrivateUsage]
         raise UnsupportedModelError(f"{INSTALLED} keeps all layers of {name} in a cache of its own kind; {STATES_SINCE} or later has one kind for all")
     if not grow:
         raise UnsupportedModelError(f"{name} has no attention layer that grows with the text, so there is nothing to compress: {_bounded(layers)}")

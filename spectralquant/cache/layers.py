@@ -28,12 +28,18 @@ _length_of: Callable[[Segment], int] = torch.compiler.disable(lambda segment: se
 class SpectralLayer(LayerInterface):
     """One coded layer. `update` returns the raw tensors on an empty layer (prefill attends in full precision) and LazyKV after."""
 
+    codec: LayerCodec
+    config: CacheConfig
+    dtype: torch.dtype
+    device: torch.device
+    is_initialized: bool
+
     def __init__(self, codec: LayerCodec, config: CacheConfig) -> None:
         super().__init__()
         self.codec, self.config = codec, config
         self.segment: Segment | None = None
         self.padding: Tensor | None = None
-        self.record_past = False  # whether candidates may be refused, see `activate_past_recording`
+        self.record_past: bool = False  # whether candidates may be refused, see `activate_past_recording`
         self.stepping = False  # whether `update` takes one token per sequence for a CUDA graph, see `Segment.append`
         self.seen: Tensor | None = None  # lengths that attention goes by in such a step, where they are not the segment's
         self.watch: Stopwatch | None = None  # of packing

@@ -73,15 +73,29 @@ class Segment:
         BackendError: `config` asks for kernels that can't run here or can't read this codec.
     """
 
+    codec: LayerCodec
+    config: CacheConfig
+    start: Tensor
+    dtype: torch.dtype
+    encoded: bool
+    move: int
+    exact_move: int
+    packed: int
+    recent: int
+    recent_keys: Tensor
+    recent_values: Tensor
+    exact_keys: Tensor
+    exact_values: Tensor
+
     def __init__(self, codec: LayerCodec, config: CacheConfig, keys: Tensor, start: Tensor) -> None:
         batch, heads, _, dim = keys.shape
         want = codec.key.encode_matrix.shape[:2]
         if (heads, dim) != tuple(want):
             raise ShapeError(f"keys have {heads} heads of size {dim}, the calibration has {want[0]} of size {want[1]}; calibrate this model")
         self.codec, self.config, self.start, self.dtype = codec, config, start, keys.dtype
-        self.tile_tokens = config.tile_on(keys.device.type)
-        self.kernels = use_kernels(codec, config, keys.device)
-        self.encode_kernels = choose_for_feature("encoding", resolve_backend(config.backend, keys.device)).name == "cuda"
+        self.tile_tokens: int = config.tile_on(keys.device.type)
+        self.kernels: bool = use_kernels(codec, config, keys.device)
+        self.encode_kernels: bool = choose_for_feature("encoding", resolve_backend(config.backend, keys.device)).name == "cuda"
         self.candidates = 0
         self.ahead = 0
         self.expected: int | None = None
@@ -90,18 +104,18 @@ class Segment:
         self.move, self.exact_move = next(_moves), next(_moves)
         self._padding: tuple[int, ...] | None = None
         self._unfinished: _Unfinished | None = None
-        self.lengths = torch.zeros((batch, 2), dtype=torch.int32, device=keys.device)  # units packed, tokens in the window
+        self.lengths: Tensor = torch.zeros((batch, 2), dtype=torch.int32, device=keys.device)  # units packed, tokens in the window
         self.packed = self.recent = 0  # tokens in the packed store and in the window
-        self.records = keys.new_empty((batch, heads, 0, codec.layout.record_bytes), dtype=torch.uint8)
+        self.records: Tensor = keys.new_empty((batch, heads, 0, codec.layout.record_bytes), dtype=torch.uint8)
         self.prefix: Prefix | None = None
         dtype = codec.exact_dtype if keys.dtype == torch.float32 else keys.dtype
         self.recent_keys = torch.empty((batch, heads, config.window + UNIT, dim), dtype=dtype, device=keys.device)
         self.recent_values = torch.empty_like(self.recent_keys)
         self.exact_keys = self.recent_keys.new_empty((batch, heads, 0, dim))
         self.exact_values = torch.empty_like(self.exact_keys)
-        self.exact_slots = torch.empty((batch, 0), dtype=torch.int32, device=keys.device)
-        self.secondary = torch.zeros(batch, dtype=torch.int64, device=keys.device)  # exact tokens besides the sinks
-        self.chosen = exact.ExactTokens(torch.empty((batch, UNIT), dtype=torch.int32, device=keys.device), torch.empty_like(self.secondary))
+        self.exact_slots: Tensor = torch.empty((batch, 0), dtype=torch.int32, device=keys.device)
+        self.secondary: Tensor = torch.zeros(batch, dtype=torch.int64, device=keys.device)  # exact tokens besides the sinks
+        self.chosen: exact.ExactTokens = exact.ExactTokens(torch.empty((batch, UNIT), dtype=torch.int32, device=keys.device), torch.empty_like(self.secondary))
 
     @property
     def length(self) -> int:

@@ -19,7 +19,7 @@ PLAIN_POSITIONS = 2048
 
 def fit_profile(statistics: ModelStatistics, choices: Choices, certificate: dict[str, Any] | None = None) -> Profile:
     """The profile of a model under `choices`. Costs two eigen-decompositions per head; nothing is run."""
-    layers = {}
+    layers: dict[int, LayerProfile] = {}
     for index, stats in statistics.layers.items():
         rotary = statistics.rotary.get(index)
         norms = torch.cat(stats.value_norms, 1).clamp_min(NORM_FLOOR)

@@ -8,7 +8,7 @@ import hashlib
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
@@ -295,7 +295,7 @@ def collect(model: PreTrainedModel, samples: list[Tensor], coded: list[int], pro
 
 
 @contextmanager
-def _rounded_projections(model: PreTrainedModel) -> Iterator[None]:
+def _rounded_projections(model: PreTrainedModel) -> Generator[None]:
     """Linear layers may round the factors of float32 products to bfloat16, which halves the time on a CPU with such instructions.
 
     No other product may: a rotary embedding is one too, of positions and frequencies, and some processors would round these.

@@ -5,7 +5,7 @@ states (projections are `linear`), so the first pair is them. Heads may be an ax
 what the weights say it was: log p grows with q . k by that factor, whatever grows with the position beside it (ALiBi).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ def layer_index(module: nn.Module) -> int | None:
 
 
 @contextmanager
-def watching_products(modules: Iterable[nn.Module], on_attention: OnAttention) -> Iterator[None]:
+def watching_products(modules: Iterable[nn.Module], on_attention: OnAttention) -> Generator[None]:
     """For the length of a with block, call `on_attention` with what the attention modules among `modules` multiply."""
     watcher = _Watcher(on_attention)
     hooks: list[Any] = []

@@ -6,7 +6,7 @@ code) multiply queries and keys themselves; there the products inside their atte
 The model is left exactly as it was: mode, attention implementation and hooks are restored even after an exception.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,14 +23,14 @@ NAME_DENSE = "spectralquant"
 
 
 @contextmanager
-def recording(model: PreTrainedModel, on_attention: OnAttention, before: BeforeModule | None = None) -> Iterator[None]:
+def recording(model: PreTrainedModel, on_attention: OnAttention, before: BeforeModule | None = None) -> Generator[None]:
     """For the length of a with block, call `on_attention` with what every attention call gets, and `before` ahead of every module of a layer."""
     training = model.training
     watched = [module for module in model.modules() if layer_index(module) is not None]
     hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in watched] if before is not None else []
     try:
         model.eval()
-        with _by_interface(model, on_attention) if model._can_set_attn_implementation() else watching_products(watched, on_attention):
+        with _by_interface(model, on_attention) if model._can_set_attn_implementation() else watching_products(watched, on_attention):  # pyright: ignore[reportPrivateUsage]
             yield
     finally:
         for hook in hooks:
@@ -39,7 +39,7 @@ def recording(model: PreTrainedModel, on_attention: OnAttention, before: BeforeM
 
 
 @contextmanager
-def _by_interface(model: PreTrainedModel, on_attention: OnAttention) -> Iterator[None]:
+def _by_interface(model: PreTrainedModel, on_attention: OnAttention) -> Generator[None]:
     """Put a function that calls `on_attention` in the place of the model's attention."""
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
@@ -47,7 +47,7 @@ def _by_interface(model: PreTrainedModel, on_attention: OnAttention) -> Iterator
         on_attention(module, query, key, value, float(scale), kwargs.get("softcap"))
         return dense(module, query, key, value, fitted_mask(attention_mask, key.shape[2]), **kwargs)
 
-    implementation = str(model.config._attn_implementation)
+    implementation = str(model.config._attn_implementation)  # pyright: ignore[reportPrivateUsage]
     dense = AttentionInterface()[NAME_DENSE] if NAME_DENSE in AttentionInterface() else AttentionInterface()["sdpa"]
     AttentionInterface.register(RECORDER, attention)
     AttentionMaskInterface.register(RECORDER, sdpa_mask)
@@ -56,5 +56,5 @@ def _by_interface(model: PreTrainedModel, on_attention: OnAttention) -> Iterator
         yield
     finally:
         model.set_attn_implementation(implementation)
-        AttentionInterface._global_mapping.pop(RECORDER, None)
-        AttentionMaskInterface._global_mapping.pop(RECORDER, None)
+        AttentionInterface._global_mapping.pop(RECORDER, None)  # pyright: ignore[reportPrivateUsage]
+        AttentionMaskInterface._global_mapping.pop(RECORDER, None)  # pyright: ignore[reportPrivateUsage]

@@ -17,7 +17,7 @@ weighted by these sums too, within `WEIGHT_CAP`: on some tens of thousands of to
 decide everything.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -145,7 +145,7 @@ def felt_errors(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor
 
 
 @contextmanager
-def matmul_precision(setting: str) -> Iterator[None]:
+def matmul_precision(setting: str) -> Generator[None]:
     """torch's float32 matmul precision for the length of a with block: "highest" or "medium"."""
     before = torch.get_float32_matmul_precision()
     try:

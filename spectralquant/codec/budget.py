@@ -115,7 +115,7 @@ def _dial(value: float | int | None, default: float | int) -> float | int:
 
 def _dialled_planes(profile: Profile, preset: CompressionPreset, dials: Dials, dim: int) -> tuple[int, int]:
     share, avg = _dial(dials.d_eff_variance, preset.d_eff_variance), _dial(dials.avg_bits, preset.avg_bits)
-    counts = []
+    counts: list[int] = []
     for side in ("key", "value"):
         noise = tail_width(dials, preset, side)
         bands = [semantic_size(getattr(layer, side).variance, share) for layer in profile.layers.values()]

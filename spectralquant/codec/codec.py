@@ -94,7 +94,7 @@ class SideCodec:
 
     def _search(self, u: Tensor, tried: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Planes and gain codes of u [B, H, T, D] with the least error, of the gain codes `tried`, each [B, H, T]."""
-        found = []
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
         for codes in tried:
             codes = codes.clamp(1, MAX_GAIN).to(torch.uint8)
             gain = gain_values(codes)[..., None]
@@ -309,14 +309,15 @@ def build_codec(
         quantizer: See `codec.quantizer.QUANTIZERS`.
         progress: Called with the share of the codebooks trained so far.
     """
-    layout, frames = RecordLayout(*plane_counts(profile, preset, dials)), {}
+    layout = RecordLayout(*plane_counts(profile, preset, dials))
+    frames: dict[tuple[tuple[float, ...], bool], AnchoredFrame] = {}
     bounds = exact_bounds(profile, preset, dials, layout.key_planes + layout.value_planes)
     choices, device = profile.choices, torch.device(device)
     books: dict[int, Tensor] = {}
     if quantizer == "joint" and not dials.any_set:
         books = value_codebooks(profile, layout.value_planes, device, progress)
     scalar = scalar_of(quantizer)
-    out = {}
+    out: dict[int, LayerCodec] = {}
     for index, layer in profile.layers.items():
         frame = None
         if layer.rotary is not None and choices.run:

@@ -112,7 +112,7 @@ def fit_codebooks(variance: Tensor, planes: int, device: torch.device | str = "c
     index = block_index(variance.shape[-1])
     scaled = variance.float() / variance.float().mean(-1, keepdim=True).clamp_min(_TINY)
     blocks = scaled[:, index].clamp_min(1e-8)  # [N, B, d]
-    out = []
+    out: list[Tensor] = []
     for part in blocks.split(max(_AT_ONCE // len(index), 1)):
         flat = part.flatten(0, 1)
         book = _train(flat.to(device), _scalar_planes(flat, planes // len(index)).to(device)).cpu()

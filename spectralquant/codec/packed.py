@@ -4,7 +4,7 @@ A cached sequence is three disjoint sets of slots: packed (slots below `packed` 
 and secondary sinks, unordered), and raw (the recent window and the tokens of this call, slots `packed` .. `length - 1`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -101,7 +101,7 @@ class PackedKV:
 
 
 @contextmanager
-def plain_arithmetic(device: torch.device) -> Iterator[None]:
+def plain_arithmetic(device: torch.device) -> Generator[None]:
     """Where codes are written and read: without autocast, whose 16-bit products would coarsen them, without autograd, which they have none of, and without
     inference mode, whose tensors could not be written outside of it later."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -142,7 +142,7 @@ class LazyKV(torch.Tensor):
     which: str
 
     @staticmethod
-    def __new__(cls, packed_kv: PackedKV, which: str) -> "LazyKV":
+    def __new__(cls: type["LazyKV"], packed_kv: PackedKV, which: str) -> "LazyKV":
         raw = packed_kv.raw_keys
         out = torch.Tensor._make_wrapper_subclass(cls, packed_kv.shape, dtype=packed_kv.dtype, device=raw.device)  # pyright: ignore
         out.packed_kv, out.which = packed_kv, which
@@ -177,7 +177,7 @@ class LazyKV(torch.Tensor):
             return out
         if isinstance(func, HigherOrderOperator):  # flex attention is one: they have no way to `__torch_dispatch__`
             args, kwargs = tree_map(_joined, args), tree_map(_joined, kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
             return func(*args, **kwargs)
 
     @classmethod

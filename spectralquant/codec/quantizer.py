@@ -130,7 +130,7 @@ class LloydMaxBits:
 
 
 Quantizer = UniformPlanes | LloydMaxBits | JointPlanes
-SCALAR_WIDTHS = {"uniform": BIT_WIDTHS, "lloyd-max": tuple(range(MAX_BITS + 1))}
+SCALAR_WIDTHS: dict[str, tuple[int, ...]] = {"uniform": BIT_WIDTHS, "lloyd-max": tuple(range(MAX_BITS + 1))}
 """Scalar quantizer -> the widths that it can store."""
 QUANTIZERS = ("joint", *SCALAR_WIDTHS)
 """What an engine can be told to use."""

@@ -26,8 +26,8 @@ try:
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
-except ImportError as error:
-    raise ConfigError('the adapter needs the lm-evaluation-harness, which is not installed; run: pip install "spectralquant[lm-eval]"') from error
+except ImportError as _error:
+    raise ConfigError('the adapter needs the lm-evaluation-harness, which is not installed; run: pip install "spectralquant[lm-eval]"') from _error
 
 _Base: Any = HFLM  # the decorator that registers it hides its type from type checkers
 
@@ -49,8 +49,8 @@ class SpectralLM(_Base):
     """
 
     def __init__(self, pretrained: Any, calibration: str | None = None, compression: str = "high", chunk: int = 16, **options: Any) -> None:
-        self.chunk = require_int("chunk", chunk, 1, 16)
-        self.engine = SpectralQuantEngine(compression=compression)
+        self.chunk: int = require_int("chunk", chunk, 1, 16)
+        self.engine: SpectralQuantEngine = SpectralQuantEngine(compression=compression)
         if calibration is not None:
             self.engine.load_calibration(calibration)
         super().__init__(pretrained, **options)
@@ -58,7 +58,8 @@ class SpectralLM(_Base):
         if calibration is None:
             self.engine.calibrate(self.model, self.tokenizer)
         self.engine.profile_of(self.model)  # another model's calibration is refused now, not at the first request
-        self.sequences = self.coded_sequences = 0
+        self.sequences: int = 0
+        self.coded_sequences: int = 0
 
     def _check_model(self) -> None:
         if self.backend != "causal":

@@ -66,8 +66,8 @@ class OpenFoldAdapter:
     """OpenFold's `Attention`, in transformers `EsmFoldAttention`: gated attention with any number of biases (pair bias, masks) on sequences [*, T, C], of MSA
     rows and columns, of triangles' starting and ending nodes."""
 
-    kinds = ("Attention", "EsmFoldAttention")
-    parts = ("linear_q", "linear_k", "linear_v", "linear_o", "no_heads", "c_hidden")
+    kinds: tuple[str, ...] = ("Attention", "EsmFoldAttention")
+    parts: tuple[str, ...] = ("linear_q", "linear_k", "linear_v", "linear_o", "no_heads", "c_hidden")
 
     def takes(self, module: nn.Module) -> bool:
         return type(module).__name__ in self.kinds and all(hasattr(module, name) for name in self.parts)
@@ -156,7 +156,7 @@ class SamAdapter:
 class TimmAdapter:
     """timm's `Attention`: one projection for all three, norms of queries and keys."""
 
-    parts = ("qkv", "q_norm", "k_norm", "proj", "num_heads", "scale")
+    parts: tuple[str, ...] = ("qkv", "q_norm", "k_norm", "proj", "num_heads", "scale")
 
     def takes(self, module: nn.Module) -> bool:
         return type(module).__module__.startswith("timm.") and type(module).__name__ == "Attention" and all(hasattr(module, n) for n in self.parts)

@@ -4,7 +4,7 @@ An encoder keeps nothing between two calls, so no resident cache gets smaller he
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from spectralquant.integrations.inputs import Inputs, device_of, evaluating, run
 from spectralquant.integrations.statistics import Recorder
 from spectralquant.integrations.taps import Taps, tap, tapped
 from spectralquant.presets import CompressionPreset, resolve_preset
-from spectralquant.profile import Choices, Profile, SideProfile, load_profile
+from spectralquant.profile import Choices, LayerProfile, Profile, SideProfile, load_profile
 
 CHOICES = Choices(
     run=0, trajectory=False, token_weights=False, planes_first=True, exact_below=0.0, exact_error=0.0, add_mass=False, key_gain="wide", value_gain="wide"
@@ -61,12 +61,12 @@ class EncoderEngine:
         exact_tokens: int | None = None,
         adapters: Sequence[AttentionAdapter] = (),
     ) -> None:
-        self.preset = resolve_preset(compression)
+        self.preset: CompressionPreset = resolve_preset(compression)
         if bits is not None and require_int("bits", bits, 2, 8) not in WIDTHS:
             raise ConfigError(f"bits={bits}: expected one of {WIDTHS}, or None for a preset")
-        self.dials = Dials() if bits is None else Dials(avg_bits=bits, noise_bits=bits, value_noise_bits=bits)
-        self.exact_tokens = None if exact_tokens is None else require_int("exact_tokens", exact_tokens, 0)
-        self.adapters = (*adapters, *ADAPTERS)
+        self.dials: Dials = Dials() if bits is None else Dials(avg_bits=bits, noise_bits=bits, value_noise_bits=bits)
+        self.exact_tokens: int | None = None if exact_tokens is None else require_int("exact_tokens", exact_tokens, 0)
+        self.adapters: tuple[AttentionAdapter, ...] = (*adapters, *ADAPTERS)
         self.profile: Profile | None = None
 
     def calibrate(self, model: nn.Module, inputs: Inputs) -> dict[str, Any]:
@@ -98,7 +98,8 @@ class EncoderEngine:
     def _fit(self, model: nn.Module, recorder: Recorder) -> Profile:
         if not recorder.layers:
             raise UnsupportedModelError(_NOTHING_SEEN.format(type(model).__name__))
-        layers, order = {}, list(recorder.layers)
+        layers: dict[int, LayerProfile] = {}
+        order = list(recorder.layers)
         for name, stats in recorder.layers.items():
             dim, tokens = stats.keys.mean.shape[-1], recorder.tokens[name]
             require_head_dim(dim)
@@ -121,7 +122,8 @@ class EncoderEngine:
             raise CalibrationError("this engine has no calibration; call calibrate(model, inputs) or load(path) first")
         model, names = unwrapped(model), self.profile.model["modules"]
         self.profile.require_model(_fingerprint(model, names))
-        modules, out = [model.get_submodule(name) for name in names], {}
+        modules = [model.get_submodule(name) for name in names]
+        out: dict[str, LayerCodec] = {}
         devices = {i: device_of(module, model) for i, module in enumerate(modules)}
         profile = _for_fine_codes(self.profile) if self.dials.any_set else self.profile
         for dim in sorted({layer.head_dim for layer in profile.layers.values()}):
@@ -156,7 +158,7 @@ class EncoderEngine:
         return model
 
     @contextmanager
-    def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
+    def applied_to(self, model: nn.Module) -> Generator[nn.Module]:
         """`apply_to` for the length of a with block."""
         self.apply_to(model)
         try:

@@ -1,6 +1,6 @@
 """Inputs of a user, a few at a time, as a model takes them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -55,7 +55,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Generator[None]:
     """Evaluation mode for the length of a with block; every module then has the mode it had."""
     training = [module for module in model.modules() if module.training]
     model.eval()

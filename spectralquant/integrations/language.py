@@ -13,7 +13,9 @@ def apply_spectralquant_to_model(model: PreTrainedModel, engine: SpectralQuantEn
     return engine.apply_to(model)
 
 
-apply_spectralquant_to_llama = apply_spectralquant_to_mistral = apply_spectralquant_to_qwen = apply_spectralquant_to_model
+apply_spectralquant_to_llama = apply_spectralquant_to_model
+apply_spectralquant_to_mistral = apply_spectralquant_to_model
+apply_spectralquant_to_qwen = apply_spectralquant_to_model
 
 
 def compress_prefill_cache(engine: SpectralQuantEngine, past_key_values: DynamicCache, model: PreTrainedModel) -> tuple[SpectralCache, dict[str, Any]]:

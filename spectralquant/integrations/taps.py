@@ -4,7 +4,7 @@ What is changed belongs to the model: the attention implementation in its config
 PyTorch's `TransformerEncoder` makes ragged batches. transformers' table of attention functions gets one name more, which no other model uses.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -39,7 +39,7 @@ def tap(model: nn.Module, modules: Iterable[nn.Module], handler: Handler, adapte
 
 
 @contextmanager
-def tapped(model: nn.Module, modules: Iterable[nn.Module], handler: Handler, adapters: Sequence[AttentionAdapter] = ()) -> Iterator[None]:
+def tapped(model: nn.Module, modules: Iterable[nn.Module], handler: Handler, adapters: Sequence[AttentionAdapter] = ()) -> Generator[None]:
     """`tap` for the length of a with block."""
     taps = tap(model, modules, handler, adapters)
     try:
@@ -58,8 +58,8 @@ class Taps:
         self._nested = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
         for encoder in self._nested:
             encoder.use_nested_tensor = False  # ragged batches are for the fused layers alone
-        self._parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m._can_set_attn_implementation()]
-        self._before = [str(m.config._attn_implementation) for m in self._parts]
+        self._parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m._can_set_attn_implementation()]  # pyright: ignore[reportPrivateUsage]
+        self._before = [str(m.config._attn_implementation) for m in self._parts]  # pyright: ignore[reportPrivateUsage]
 
     def adapt(self, module: nn.Module, adapter: AttentionAdapter, handler: Handler) -> None:
         """Take the place of this module's forward."""

@@ -157,6 +157,9 @@ def _driver_version() -> tuple[int, int] | None:
 class Kernel:
     """A kernel loaded on one device; made by `load`."""
 
+    name: str
+    device: int
+
     def __init__(self, name: str, cubin: bytes, device: int) -> None:
         core = _import_core()
         self.name, self.device = name, device
@@ -216,7 +219,7 @@ def load(source: str, definitions: Mapping[str, int], name: str, device: torch.d
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         raise BackendError(f"kernel {name} of {source} can't be loaded on device {str(device)!r}: expected a CUDA device that torch can use")
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = torch.cuda.current_device() if device.index is None else device.index  # pyright: ignore[reportUnnecessaryComparison]
     key = (index, folder, source, name, frozenset(definitions.items()))
     kernel = _loaded.get(key)
     if kernel is None:
@@ -260,7 +263,7 @@ def _launch_config(grid: int | tuple[int, ...], block: int | tuple[int, ...], sh
 
 def _current_stream(index: int) -> Any:
     # What torch.compile's generated code calls: torch.cuda.current_stream would build an object to tell the same number.
-    return _stream(index, torch._C._cuda_getCurrentRawStream(index))
+    return _stream(index, torch._C._cuda_getCurrentRawStream(index))  # pyright: ignore[reportPrivateUsage]
 
 
 @lru_cache(maxsize=256)

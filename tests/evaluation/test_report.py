@@ -151,13 +151,6 @@ def test_print_shows_every_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "0.0375 ± 0.013" in shown and "codes simulated, size counted" in shown and "9.25" in shown
 
 
-def test_print_without_rich(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = build_report(write_run(tmp_path, language_rows()))
-    hide(monkeypatch, "rich")
-    with pytest.raises(ConfigError, match=r'pip install "spectralquant\[evaluate\]"'):
-        report.print()
-
-
 def test_written_files(tmp_path: Path) -> None:
     report = write_report(write_run(tmp_path, language_rows()))
     assert isinstance(report, RunReport)
@@ -172,7 +165,7 @@ def test_written_files(tmp_path: Path) -> None:
 
 def test_tables_are_written_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, "matplotlib")
-    with pytest.raises(ConfigError, match=r'pip install "spectralquant\[evaluate\]"'):
+    with pytest.raises(ConfigError, match=r'pip install "spectralquant\[report\]"'):
         write_report(write_run(tmp_path, language_rows()))
     assert (tmp_path / "report.json").is_file() and (tmp_path / "report.md").is_file() and not list(tmp_path.glob("*.png"))
 

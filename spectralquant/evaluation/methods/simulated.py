@@ -41,6 +41,9 @@ class Rule:
 class SimulatedLayer(DynamicLayer):
     """One layer under a rule. The first update, the prompt, is returned as it came; after that attention sees rounded values."""
 
+    coded_keys: int
+    coded_values: int
+
     def __init__(self, rule: Rule) -> None:
         super().__init__()
         self.rule = rule

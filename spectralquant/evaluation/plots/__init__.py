@@ -29,7 +29,7 @@ def write_plots(report: "RunReport", folder: Path) -> list[Path]:
         ConfigError: matplotlib is not installed.
     """
     require_matplotlib()
-    written = []
+    written: list[Path] = []
     for name, draw in PICTURES.items():
         with settings():
             figure = draw(report)

@@ -101,7 +101,7 @@ def _ink(axes: Any, scale: float) -> list[tuple[float, float]]:
     paths = [line.get_transform().transform_path(line.get_path()) for line in axes.lines]
     for collection in axes.collections:
         paths += [collection.get_transform().transform_path(path) for path in collection.get_paths()]
-    ink = []
+    ink: list[tuple[float, float]] = []
     for path in paths:
         corners = [(x * scale, y * scale) for x, y in path.vertices.tolist() if math.isfinite(x) and math.isfinite(y)]
         for (x0, y0), (x1, y1) in pairwise(corners):

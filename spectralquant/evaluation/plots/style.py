@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#8
 colours: a second round has other pairs."""
 MARKERS = "s^Dv<>phdPX"
 BITS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "font.family": "DejaVu Sans", "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "legend.fontsize": 10, "legend.frameon": False,
     "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E6E6E6", "grid.linewidth": 0.8, "axes.edgecolor": "#999999", "axes.spines.top": False,
     "axes.spines.right": False, "xtick.color": "#444444", "ytick.color": "#444444",
@@ -54,13 +54,13 @@ class Style:
 def require_matplotlib() -> None:
     """Raises ConfigError where matplotlib is missing."""
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
-        raise ConfigError('plots need matplotlib, which is not installed; run: pip install "spectralquant[evaluate]"') from error
+        raise ConfigError('plots need matplotlib, which is not installed; run: pip install "spectralquant[report]"') from error
 
 
 @contextmanager
-def settings() -> Iterator[None]:
+def settings() -> Generator[None]:
     import matplotlib
 
     with matplotlib.rc_context(SETTINGS):  # pyright: ignore
@@ -83,7 +83,7 @@ def points_of(report: "RunReport", context: int, text: str | None = None) -> lis
     would be another one."""
     lines = [line for line in report.language if line["context"] == context and text in (None, line["text"])]
     texts = {line["text"] for line in lines}
-    points = []
+    points: list[Point] = []
     for method in report.methods:
         mine = [line for line in lines if line["method"] == method.name]
         if mine and {line["text"] for line in mine} == texts:

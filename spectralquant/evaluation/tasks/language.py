@@ -15,7 +15,8 @@ from spectralquant.evaluation.texts import begin_with, read_text, spread_windows
 
 def units(plan: Plan, subject: Subject) -> list[Unit]:
     """One unit per text, context length and window. All contexts of a window end at the same token, so the tokens that are scored are the same."""
-    found, lead = [], leading_tokens(subject.tokenizer)
+    found: list[Unit] = []
+    lead = leading_tokens(subject.tokenizer)
     for name, source in plan.texts.items():
         ids = tokenise(subject.tokenizer, read_text(source))
         windows = spread_windows(ids, max(plan.contexts) + plan.scored, plan.windows, plan.seed, name)

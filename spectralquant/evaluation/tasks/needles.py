@@ -92,7 +92,7 @@ def units(plan: Plan, subject: Subject) -> list[Unit]:
         ConfigError: The plan has no text, or a length is too short for the needles or too long for the text.
     """
     haystack = read_haystack(plan, subject.tokenizer)
-    found = []
+    found: list[Unit] = []
     for kind, length, depth, sample in itertools.product(plan.needle_kinds, plan.needle_lengths, plan.needle_depths, range(plan.needle_samples)):
         key = f"{kind}/{length}/{depth}/{sample}"
         search = make_search(haystack, kind, length, depth, random.Random(f"{plan.seed}/{key}"))

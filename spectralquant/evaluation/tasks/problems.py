@@ -69,7 +69,7 @@ def units(plan: Plan, subject: Subject) -> list[Unit]:
     shots = "".join(f"{example.prompt} {example.answer}\n\n" for example in examples)
     lengths = [len(subject.tokenizer(problem.prompt)["input_ids"]) for problem in asked]
     order = sorted(range(len(asked)), key=lengths.__getitem__)
-    found = []
+    found: list[Unit] = []
     for first in range(0, len(order), BATCH):
         chosen = order[first : first + BATCH]
         content = Batch([shots + asked[i].prompt for i in chosen], [final_number(asked[i].answer, strict=True) or "" for i in chosen])
@@ -176,7 +176,8 @@ def _parse(line: str, where: str) -> Problem:
 def make_problems(count: int, seed: int) -> tuple[list[Problem], list[Problem]]:
     """(examples, asked): generated problems of two or three steps. Examples are the same for all seeds and show every template; none is asked."""
     examples = [TEMPLATES[i % len(TEMPLATES)](random.Random(f"example/{i}")) for i in range(EXAMPLES)]
-    asked, taken = [], set(examples)
+    asked: list[Problem] = []
+    taken = set(examples)
     for i in range(count):
         rng = random.Random(f"{seed}/problem/{i}")
         problem = rng.choice(TEMPLATES)(rng)
