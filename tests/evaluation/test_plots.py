@@ -93,7 +93,7 @@ def test_missing_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ConfigError, match=r'pip install "spectralquant\[evaluate\]"'):
+    with pytest.raises(ConfigError, match=r'pip install "spectralquant\[report\]"'):
         write_plots(report, tmp_path)
 
 
