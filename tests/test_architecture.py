@@ -56,7 +56,7 @@ def test_package_data_is_there() -> None:
     assert len(list((root / "corpus").iterdir())) == 64 and len(list((root / "prompts").iterdir())) == 4
 
 
-def test_wheel_holds_the_sources_of_kernels(tmp_path: Path) -> None:
+def test_wheel_holds_the_sources_of_kernels_and_of_the_page(tmp_path: Path) -> None:
     """Built from a copy, so that nothing is written into the working tree."""
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
@@ -64,7 +64,9 @@ def test_wheel_holds_the_sources_of_kernels(tmp_path: Path) -> None:
     code = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith((".cu", ".cuh"))}
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"spectralquant/evaluation/page/{file}" for file in ("page.css", "page.html.jinja")} <= set(names)
+    packed = {name for name in names if name.endswith((".cu", ".cuh"))}
     kernels = ROOT / "spectralquant" / "kernels"
     sources = {f"spectralquant/kernels/{file.name}" for file in kernels.iterdir() if file.suffix in {".cu", ".cuh"}}
     assert packed == sources and "spectralquant/kernels/dense.cu" in packed
