@@ -64,7 +64,7 @@ def test_wheel_holds_everything_of_the_package(tmp_path: Path) -> None:
     with zipfile.ZipFile(built("wheel", tmp_path)) as wheel:
         packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert packed == {name for name in tracked() if name.startswith("spectralquant/")}
-    assert {"spectralquant/kernels/dense.cu", "spectralquant/py.typed"} <= packed
+    assert {"spectralquant/kernels/dense.cu", "spectralquant/evaluation/page/page.html.jinja", "spectralquant/py.typed"} <= packed
 
 
 def test_sdist_holds_all_that_is_tracked(tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ from spectralquant.engine import SpectralQuantEngine
 from spectralquant.evaluation.methods.base import Method, Prepared, Subject
 from spectralquant.presets import PRESETS
 
+CALIBRATION = "calibration.safetensors"
+"""In the folder of a run."""
+
 
 def method_for(name: str, label: str, **options: Any) -> Method:
     """This package as a method, with the arguments `options` of `SpectralQuantEngine`.
@@ -25,13 +28,19 @@ def method_for(name: str, label: str, **options: Any) -> Method:
 
 def _prepare(subject: Subject, options: dict[str, Any]) -> Prepared:
     engine = SpectralQuantEngine(**options)
-    path = subject.calibration or subject.folder / "calibration.safetensors"
-    if path.exists():
-        engine.load_calibration(path)
-    else:
-        SpectralQuantEngine(compression="high").calibrate_to(path, subject.model, subject.tokenizer)
-        engine.load_calibration(path)
+    _load(engine, subject)
     return Prepared(lambda: engine.cache(subject.model), bits_all_in, exact_tokens)
+
+
+def _load(engine: SpectralQuantEngine, subject: Subject) -> None:
+    """Give `engine` the subject's calibration, of which the run's folder keeps a copy, or one that is made there now."""
+    kept = subject.folder / CALIBRATION
+    path = subject.calibration or kept
+    if not path.exists():
+        SpectralQuantEngine(compression="high").calibrate_to(path, subject.model, subject.tokenizer)
+    profile = engine.load_calibration(path)
+    if not kept.exists():
+        profile.save(kept)
 
 
 def bits_all_in(cache: Cache) -> float:
