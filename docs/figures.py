@@ -18,9 +18,11 @@ from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 from torch import Tensor
 
 from spectralquant import PRESETS, SpectralQuantEngine, get_default_calibration_texts
+from spectralquant.cache.segment import Segment
 from spectralquant.codebook import distortion_table
 from spectralquant.codec.budget import coordinate_bits
 from spectralquant.codec.layout import UNIT
+from spectralquant.compat import cache_argument
 from spectralquant.presets import BIT_WIDTHS
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +30,7 @@ IMAGES = ROOT / "docs" / "images"
 BLUE, ORANGE, GREEN, GREY, PURPLE = "#3366aa", "#dd7722", "#3a9d5d", "#888888", "#8855aa"
 WIDTH_COLOURS = {0: "#cccccc", 2: "#9ecae1", 4: "#4a90c4", 6: "#08519c", 8: "#4a148c"}
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10.5, "svg.fonttype": "none", "svg.hashsalt": "docs"}
-LAYER, HEAD, TOKENS = 10, 0, 1024
+LAYER, HEAD, TOKENS = 8, 0, 1024
 """Which head is drawn: one in the middle of the model."""
 
 
@@ -49,24 +51,39 @@ def main() -> None:
         engine = SpectralQuantEngine(compression="high")
         engine.load_calibration(args.calibration)
         ids = tokenizer("\n\n".join(get_default_calibration_texts()), return_tensors="pt")["input_ids"][:, :TOKENS]
-        draw_rotated(engine, model, ids, IMAGES / "rotated.png")
+        segment = read_text(engine, model, ids)
+        draw_rotated(engine, model, ids, segment, IMAGES / "rotated.png")
         draw_water(engine, model, IMAGES / "water.png")
-        draw_stored(engine, model, ids, IMAGES / "stored.png")
+        draw_stored(engine, segment, IMAGES / "stored.png")
         draw_whole_cache(args.calibration, model, IMAGES / "whole-cache.png")
 
 
-def draw_rotated(engine: SpectralQuantEngine, model: Any, ids: Tensor, path: Path) -> None:
+def read_text(engine: SpectralQuantEngine, model: Any, ids: Tensor) -> Segment:
+    """One layer's store, with all but the window of `ids` packed."""
+    cache = engine.cache(model)
+    with torch.no_grad():
+        for piece in (ids, ids[:, :1]):  # blocks leave the window when an update begins
+            model(piece, use_cache=True, **cache_argument(model, cache))
+    engine.remove_from(model)
+    segment = cache.coded_layers[LAYER].segment
+    if segment is None:
+        raise SystemExit("the text left nothing in the cache")
+    return segment
+
+
+def draw_rotated(engine: SpectralQuantEngine, model: Any, ids: Tensor, segment: Segment, path: Path) -> None:
     """Keys of one head as the model caches them, turned back inside their run, and in the coordinates that are coded."""
     codec = engine.profile_codec(model)[LAYER]
     with torch.no_grad():
         keys = model(ids, use_cache=True).past_key_values.layers[LAYER].keys.float()
     slots, start = torch.arange(keys.shape[2]), torch.zeros(1, dtype=torch.int64)
-    keep = slots >= 8  # attention sinks stay exact and lie far off
+    keep = ~torch.isin(slots, segment.exact_slots[0])  # tokens that stay exact lie far off
     turned = codec.centre_keys(keys, slots, start)[0, HEAD][keep]
     coded = turned @ codec.key.encode_matrix[HEAD] * codec.key.scale[HEAD]
     stored = keys[0, HEAD][keep]
     half = stored.shape[1] // 2
-    pair = int((stored.var(0)[:half] + stored.var(0)[half:]).argmax())
+    by_position = stored.var(0) - turned.var(0)
+    pair = int((by_position[:half] + by_position[half:]).argmax())
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     grid = figure.subplots(2, 3, height_ratios=[1.35, 1])
     titles = ["as the model caches them", "turned back by the run's position,\nmean taken off", "in the coordinates that are coded"]
@@ -74,16 +91,19 @@ def draw_rotated(engine: SpectralQuantEngine, model: Any, ids: Tensor, path: Pat
     names = [(pair, pair + half), (pair, pair + half), (0, 1)]
     for axes, title, (x, y), (first, second) in zip(grid[0], titles, places, names, strict=True):
         points = axes.scatter(x, y, c=slots[keep], s=7, cmap="viridis", linewidths=0)
-        axes.set(title=title, xlabel=f"coordinate {first}", ylabel=f"coordinate {second}", aspect="equal", adjustable="datalim")
+        reach = 1.08 * float((coded if x is places[2][0] else stored)[:, [first, second]].abs().max())
+        axes.set(title=title, xlabel=f"coordinate {first}", ylabel=f"coordinate {second}", aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach))
     figure.colorbar(points, ax=grid[0], label="position of the token", shrink=0.8)
-    top = 100 * max(float(v.var(0).max() / v.var(0).sum()) for v in (stored, turned, coded))
-    for axes, values, colour in zip(grid[1], (stored, turned, coded), (GREY, BLUE, ORANGE), strict=True):
-        share = values.var(0) / values.var(0).sum()
-        axes.bar(range(len(share)), 100 * share, color=colour, width=0.9)
-        ordered = share.sort(descending=True).values.cumsum(0)
-        most = int((ordered < 0.9).sum()) + 1
-        axes.set(xlabel="coordinate", ylabel="% of the variance", ylim=(0, 1.08 * top))
-        axes.text(0.97, 0.9, f"{most} of {len(share)} coordinates\nhold 90 %", transform=axes.transAxes, ha="right", va="top")
+    spread = [values.var(0) for values in (stored, turned, coded)]
+    for axes, variance, colour in zip(grid[1], spread, (GREY, BLUE, ORANGE), strict=True):
+        axes.bar(range(len(variance)), variance if variance is not spread[2] else 100 * variance / variance.sum(), color=colour, width=0.9)
+        axes.set(xlabel="coordinate", ylabel="variance", ylim=(0, 1.3 * float(spread[0].max())))
+    whole, rest = float(spread[0].sum()), float(spread[1].sum())
+    most = int((spread[2].sort(descending=True).values.cumsum(0) < 0.9 * spread[2].sum()).sum()) + 1
+    grid[1][2].set(ylabel="% of what attention feels", ylim=(0, 108 * float(spread[2].max() / spread[2].sum())))
+    notes = [f"{whole:.0f} in all", f"{rest:.0f} in all:\n{1 - rest / whole:.0%} was position", f"{most} of {len(variance)} coordinates\nhold 90 %"]
+    for axes, note in zip(grid[1], notes, strict=True):
+        axes.text(0.97, 0.97, note, transform=axes.transAxes, ha="right", va="top")
     figure.savefig(path, dpi=130)
 
 
@@ -103,7 +123,7 @@ def draw_water(engine: SpectralQuantEngine, model: Any, path: Path) -> None:
         axes.bar(range(len(bits)), variance[0], color=[WIDTH_COLOURS[int(b)] for b in bits], width=0.9)
         axes.step([x - 0.5 for x in range(len(bits) + 1)], [*left.tolist(), float(left[-1])], where="post", color=ORANGE, linewidth=1.8)
         axes.set(
-            yscale="log", ylim=(float(left.min()) / 2, float(variance.max()) * 2), xlabel="coordinate, by variance", ylabel="variance (of the logits' error)"
+            yscale="log", ylim=(float(left.min()) / 2, float(variance.max()) * 2), xlabel="coordinate, by variance", ylabel="variance, as attention feels it"
         )
         axes.set_title(f"the most {kind} spectrum: keys of layer {index}, head {head}")
     used = [Patch(color=colour, label=f"{width} bits" if width else "dropped") for width, colour in WIDTH_COLOURS.items()]
@@ -111,13 +131,8 @@ def draw_water(engine: SpectralQuantEngine, model: Any, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def draw_stored(engine: SpectralQuantEngine, model: Any, ids: Tensor, path: Path) -> None:
+def draw_stored(engine: SpectralQuantEngine, segment: Segment, path: Path) -> None:
     """What a token and head takes, and where the tokens of one layer are."""
-    cache = engine.cache(model)
-    with torch.no_grad(), engine.applied_to(model):
-        model(ids, use_cache=True, past_key_values=cache)
-        model(ids[:, :1], use_cache=True, past_key_values=cache)  # blocks leave the window when an update begins
-    segment = cache.coded_layers[LAYER].segment
     layout, dim = segment.codec.layout, segment.codec.head_dim
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[1.25, 1])
@@ -140,7 +155,7 @@ def draw_stored(engine: SpectralQuantEngine, model: Any, ids: Tensor, path: Path
     slots = slots[slots >= 0]
     for unit in range(segment.packed // UNIT):
         below.add_patch(Rectangle((unit * UNIT + 1, 0), UNIT - 2, 1, color=BLUE, alpha=0.75, linewidth=0))
-        below.text((unit + 0.5) * UNIT, 0.5, f"unit {unit}", ha="center", va="center", color="white")
+        below.text((unit + 0.5) * UNIT, 0.5, f"unit {unit}", ha="center", va="center", color="white", zorder=5)
     below.add_patch(Rectangle((segment.packed, 0), segment.recent, 1, color=GREY, linewidth=0))
     below.text(segment.packed + segment.recent / 2, 0.5, f"window\n{segment.recent} tokens", ha="center", va="center", color="white")
     sinks = slots < engine.cache_config.sinks
@@ -215,7 +230,7 @@ MEANINGS = {
 }
 """What stands under a name in the picture of the layers."""
 TOUCHED, OFFLINE, BETWEEN, ONLINE = "#c9dcf2", "#f7dfc3", "#fff2b3", "#d5ead0"
-KINDS = {TOUCHED: "what users call", OFFLINE: "calibration", BETWEEN: "its result", ONLINE: "what runs while generating"}
+KINDS = {TOUCHED: "what users call", OFFLINE: "measuring a model", BETWEEN: "its result", ONLINE: "what runs while generating"}
 COLOURS = {
     **dict.fromkeys(("cli", "evaluation", "integrations", "api", "engine"), TOUCHED),
     **dict.fromkeys(("calibration", "selection", "corpus", "calibration_cache"), OFFLINE),
