@@ -22,7 +22,7 @@ from encoders import FAMILIES, build
 from tiny_models import TinyTokenizer
 from transformers import PreTrainedModel
 
-from spectralquant import SpectralQuant
+from spectralquant import SpectralQuant, engine
 from spectralquant.cli import models
 from spectralquant.cli.main import main
 
@@ -32,10 +32,34 @@ NOT_RUN = {"docs/kernels.md": "load("}
 """Page -> what the one Python block says that needs a GPU: its imports and its syntax are checked; tests/kernels/test_compiler.py runs the same calls."""
 
 
+QUICK = {
+    "demo": {"--preset": "high", "--prompt": "word " * 300, "--max-new-tokens": "2"},
+    "generate": {"--max-new-tokens": "2"},
+    "chat": {"--max-new-tokens": "2"},
+    "evaluate": {"--method": "high", "--windows": "1", "--scored": "32"},
+    "sweep": {"--preset": "high", "--windows": "1"},
+    "bench": {"--preset": "high", "--context": "300", "--new-tokens": "4"},
+}
+"""Options that a verb gets where the page leaves them to their defaults, which are for real models and patient people."""
+FEWER = {"--max-new-tokens", "--windows", "--scored", "--new-tokens"}
+"""Those that it gets whatever the page says."""
+_done: set[tuple[str, ...]] = set()
+"""Commands that ran: several pages begin with the same one."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where calibrations of all pages are kept: the model is the same."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.fixture
-def desk(llama: PreTrainedModel, llama_calibration: Path, tokenizer: TinyTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def desk(llama: PreTrainedModel, tokenizer: TinyTokenizer, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder to work in, where any model's name gives the tiny one; it is clean again afterwards."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPECTRALQUANT_HOME", str(home))
+    monkeypatch.setattr(engine, "token_budget", lambda _: 4000)  # a calibration of a second
+    monkeypatch.setattr(tokenizer, "chat_template", "words", raising=False)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: llama)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
     monkeypatch.setattr(models, "load_model", lambda *_: (llama, tokenizer, "tiny"))
@@ -106,7 +130,14 @@ def _ours(words: list[str], place: str, monkeypatch: pytest.MonkeyPatch) -> None
         return
     monkeypatch.setattr(sys, "stdin", StringIO("hello there\n/stats\n/exit\n"))
     arguments = words[1 : words.index(">")] if ">" in words else words[1:]
-    assert main(arguments) == 0, place
+    for option, value in QUICK.get(words[1], {}).items():
+        if option not in words or option in FEWER:
+            arguments += [option, value]
+    if words[1] == "evaluate" and "list" in words:
+        arguments = words[1:]
+    if tuple(arguments) not in _done:
+        assert main(arguments) == 0, place
+        _done.add(tuple(arguments))
 
 
 def _pip(words: list[str], place: str, monkeypatch: pytest.MonkeyPatch) -> None:
