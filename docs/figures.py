@@ -191,6 +191,8 @@ MEANINGS = {
     "evaluation": "quality beside peers, reports",
     "integrations": "encoders, language models elsewhere",
     "api": "SpectralQuant",
+    "conversation": "turns in one cache",
+    "sizing": "what fits where",
     "engine": "SpectralQuantEngine",
     "application": "makes a model read codes",
     "calibration_cache": "measured once per machine",
@@ -232,7 +234,7 @@ MEANINGS = {
 TOUCHED, OFFLINE, BETWEEN, ONLINE = "#c9dcf2", "#f7dfc3", "#fff2b3", "#d5ead0"
 KINDS = {TOUCHED: "what users call", OFFLINE: "measuring a model", BETWEEN: "its result", ONLINE: "what runs while generating"}
 COLOURS = {
-    **dict.fromkeys(("cli", "evaluation", "integrations", "api", "engine"), TOUCHED),
+    **dict.fromkeys(("cli", "evaluation", "integrations", "api", "conversation", "sizing", "engine"), TOUCHED),
     **dict.fromkeys(("calibration", "selection", "corpus", "calibration_cache"), OFFLINE),
     **dict.fromkeys(("profile", "pretrained"), BETWEEN),
     **dict.fromkeys(("application", "cache", "attention", "codec", "kernels", "decode_graph", "cuda_graphs", "follow_up"), ONLINE),
