@@ -21,6 +21,13 @@ ELSEWHERE = {"contributing.md": ROOT / "CONTRIBUTING.md", "changelog.md": ROOT /
 """Page of the site -> the file that it is."""
 AS_ON_SITE = {ROOT / "README.md": "index.md", RESULTS: "results.md", **{source: page for page, source in ELSEWHERE.items()}}
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
+WRITTEN_OTHERWISE = {
+    r"\\[bB]ig(?=\s*\\[lr](?:angle|floor))": "",
+    r"\\_": "_",
+    r"\\math(bb|cal) ([A-Z])": r"\\math\1{\2}",
+    r"\\[lr]vert": "|",
+}
+"""What the converter doesn't know, or draws badly, and the same in its words."""
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -63,7 +70,8 @@ def _on_site(target: str, source: Path, page: str) -> str:
 
 
 def _formula(text: str, block: bool) -> str:
-    text = re.sub(r"\\[bB]ig(?=\s*\\(?:l|r)(?:angle|floor))", "", text).replace(r"\_", "_")  # what the converter doesn't know
+    for written, known in WRITTEN_OTHERWISE.items():
+        text = re.sub(written, known, text)
     drawn = convert(text, display="block" if block else "inline")
     if "\\" in re.sub(r"<[^>]*>", "", drawn):
         raise PluginError(f"a part of this formula is unknown: {text}")
