@@ -86,6 +86,17 @@ def test_page(page: Path, desk: Path, llama: PreTrainedModel, llama_calibration:
             assert block.language == TEXT, f"{block.place}: no check for a block in {block.language!r}; use python, bash, or text for output"
 
 
+@pytest.mark.real
+def test_output_of_plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the page shows is what its command prints."""
+    page = blocks(ROOT / "docs" / "cli.md")
+    command, output = next((a, b) for a, b in pairwise(page) if b.language == TEXT and a.code.startswith("spectralquant plan"))
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(shlex.split(command.code)[1:]) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert all(line.split() in printed for line in output.code.splitlines())
+
+
 def _page_names(page: str) -> dict[str, Any]:
     """What a page speaks of beside a language model."""
     if page != "encoders.md":
