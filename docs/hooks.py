@@ -80,7 +80,8 @@ def _formula(text: str, block: bool) -> str:
 
 def _table_of_results(found: list[Path]) -> str:
     rows = [f"| [{source.name}](benchmarks/results/{source.name}) | {_machine(source)} |" for source in found]
-    head = "# Result files\n\nFigures of these pages come from these files, each with the command and the versions that gave it. What a page calls a one-off, and most of the log, has none.\n"
+    said = "Figures of these pages come from these files, each with the command and the versions that gave it."
+    head = f"# Result files\n\n{said} What a page calls a one-off, and most of the log, has none.\n"
     return "\n".join([head, "| file | measured on |", "|---|---|", *rows, ""])
 
 
