@@ -1,0 +1,140 @@
+"""Figures of the pages are those of the result files, as rounded there, and the picture of the layers shows the layers."""
+
+import html
+import json
+import re
+from statistics import mean
+from typing import Any
+
+import pytest
+from blocks import ROOT
+
+Table = list[list[str]]
+FILES = {"Qwen2.5-Coder-1.5B": "evaluation-qwen-2048", "SmolLM2-135M": "evaluation-smollm2-1024", "Gemma 3 270M": "evaluation-gemma3-1024"}
+"""Model as pages call it -> what was measured."""
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def tables(page: str, first: str) -> list[tuple[str, Table]]:
+    """(what stands before it, rows without bold marks) of every table on `page` whose header begins with the cells `first`."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = [m for m in re.finditer(r"(?:^\|.*\|\n)+", text, re.MULTILINE) if m[0].startswith(f"| {first} |")]
+    assert found, f"{page} has no table that begins with {first}"
+    return [(text[: m.start()], [[cell.strip().strip("*`") for cell in line.strip("|").split("|")] for line in m[0].splitlines()]) for m in found]
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+@pytest.mark.parametrize(("page", "rows"), [("README.md", [7]), ("docs/quality.md", [13, 20, 5])])
+def test_tables_of_quality(page: str, rows: list[int]) -> None:
+    found = tables(page, "cache | bits")
+    assert [len(table) - 2 for _, table in found] == rows
+    for before, table in found:
+        report = result(FILES[max(FILES, key=before.rfind)])
+        labels = {m["label"]: m["name"] for m in report["methods"]}
+        figures = {(line["text"], line["method"]): line for line in report["language"]}
+        names = [name.removeprefix("KL, ") for name in table[0] if name.startswith("KL, ")]
+        assert len(names) == 3
+        for label, bits, *kl, agree, ratio in table[2:]:
+            lines = [figures[text, labels[label]] for text in names]
+            assert kl == [f"{line['kl']:.4f}" for line in lines]
+            assert (bits, agree) == (f"{mean(line['bits'] for line in lines):.2f}", percent(mean(line["agreement"] for line in lines)))
+            assert ratio == f"{mean(line['perplexity_ratio'] for line in lines):.3f}"
+
+
+def test_what_presets_cost() -> None:
+    """Means over three texts, of two models."""
+    ((_, table),) = tables("docs/presets.md", "preset | SmolLM2: bits")
+    for name, *cells in table[2:]:
+        want = []
+        for file in ("evaluation-smollm2-1024", "evaluation-qwen-2048"):
+            lines = [line for line in result(file)["language"] if line["method"] == name]
+            bits, kl, agreement = (mean(line[part] for line in lines) for part in ("bits", "kl", "agreement"))
+            want += [f"{bits:.2f}", f"{kl:.4f}", percent(agreement)]
+        assert cells == want, name
+    assert len(table) == 6
+
+
+def test_languages() -> None:
+    ((_, table),) = tables("docs/quality.md", "model | cache | finnish")
+    for model, label, *cells in table[2:]:
+        report = result(f"evaluation-{'qwen' if model.startswith('Qwen') else 'smollm2'}-languages")
+        name = next(m["name"] for m in report["methods"] if m["label"] == label)
+        kl = {line["text"]: line["kl"] for line in report["language"] if line["method"] == name}
+        assert cells == [f"{kl[language]:.4f}" for language in table[0][2:]]
+    assert len(table) == 10
+
+
+@pytest.mark.parametrize("page", ["docs/quality.md", "docs/presets.md", "docs/faq.md"])
+def test_long_contexts(page: str) -> None:
+    """What pages say about `high` and KIVI at 2,048 and 32,768 tokens."""
+    lines, text = result("evaluation-qwen-long")["language"], (ROOT / page).read_text(encoding="utf-8")
+    for method, contexts in (("high", (2048, 32768)), ("kivi4-g128", (2048, 32768)), ("standard", (32768,))):
+        for context in contexts:
+            figure = f"{mean(line['kl'] for line in lines if (line['method'], line['context']) == (method, context)):.4f}"
+            said = figure in text or (method == "standard" and page == "docs/quality.md") or (context == 2048 and page == "docs/faq.md")
+            assert said, f"{page}: {method} at {context} measures {figure}"
+
+
+def test_memory_on_a_cpu() -> None:
+    """The table of whole caches, and what other pages take from it."""
+    ((_, table),) = tables("docs/performance.md", "tokens | preset")
+    rows = result("memory-smollm2-cpu")["rows"]
+    assert table[2:] == [[f"{r['tokens']:,}", r["preset"], f"{r['ratio']:.2f}x", f"{r['ratio_with_codec']:.2f}x", f"{r['relative_speed']:.2f}x"] for r in rows]
+    high = [f"{r['ratio']:.1f}" for r in rows if r["preset"] == "high"]
+    for page in ("README.md", "docs/presets.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert re.search(rf"{high[0]} times as small at 540 tokens|540 tokens SmolLM2's whole cache is {high[0]} times", text), page
+        assert f"{high[1]} times" in text and f"{high[2]} times" in text, page
+    slowest, fastest = min(r["relative_speed"] for r in rows), max(r["relative_speed"] for r in rows)
+    for page in ("docs/index.md", "docs/presets.md", "docs/faq.md"):
+        assert f"{slowest:.2f} to {fastest:.2f} times" in (ROOT / page).read_text(encoding="utf-8"), page
+
+
+def test_what_the_home_page_says() -> None:
+    text, lines = (ROOT / "docs/index.md").read_text(encoding="utf-8"), result("evaluation-qwen-2048")["language"]
+    for method in ("high", "kivi4-g128"):
+        kl, bits = (mean(line[part] for line in lines if line["method"] == method) for part in ("kl", "bits"))
+        assert f"{kl:.4f}" in text and f"{bits:.2f} bits" in text
+
+
+def test_needles_and_problems() -> None:
+    needles = {n["method"]: n for n in result("evaluation-qwen-needles")["needles"] if n["length"] is None and n["depth"] is None and n["kind"] is None}
+    found = {method: round(n["accuracy"] * n["units"]) for method, n in needles.items()}
+    assert all(found[m] == 59 for m in ("fp16", "standard", "high", "ultra")) and found["kivi2-g32"] == 57
+    solved = {p["method"]: p for p in result("evaluation-qwen-problems")["problems"]}
+    shares = {method: f"{100 * p['accuracy']:.0f} %" for method, p in solved.items()}
+    text = (ROOT / "docs/quality.md").read_text(encoding="utf-8")
+    low, high = (100 * solved["fp16"][f"accuracy_{end}"] for end in ("low", "high"))
+    assert f"FP16 solves {shares['fp16']} (95 % interval {low:.0f} to {high:.0f})" in text
+    assert shares["high"] == shares["standard"] == "46 %" and shares["ultra"] == "45 %"
+
+
+def test_the_page_of_encoders() -> None:
+    rows = result("encoder-memory-cpu")["rows"]
+    text = (ROOT / "docs/encoders.md").read_text(encoding="utf-8")
+    for row, label in zip((rows[0], rows[1], rows[3]), ("logits in full", "`scaled_dot_product_attention`", "coded, `high`"), strict=True):
+        assert f"| {label} | {row['peak_bytes'] / 1e6:,.0f} MB | {row['held_bytes'] / 1e6:.1f} MB |" in text
+    trained = result("encoders-cpu")
+    labels = {"standard": "`standard`", "high": "`high`, `max`", "8 bits": "8 bits"}
+    for row in trained["summary"]:
+        same = "high" if row["setting"] == "max" else row["setting"]  # the page says that they are
+        assert row["seeds"] == 5
+        low, high = (f"{100 * row['accuracy_difference'][end]:.2f}".replace("-0.00", "0.00") for end in ("low", "high"))
+        accuracy, figures = f"{100 * row['accuracy_uncoded']['mean']:.1f} %", f"{row['cosine']['mean']:.4f} | {row['kl']['mean']:.5f} |"
+        assert re.search(rf"\| {re.escape(labels[same])} \| {accuracy} \| \S+ \({low} to {high}\) \| {re.escape(figures)}", text)
+    differences = [end for claim in trained["claims"] for end in claim["accuracy_difference"].values()]
+    assert not any(d["low"] > 0 for d in differences), "the page says that nothing improves"
+
+
+def test_the_picture_of_the_layers_is_that_of_the_contract() -> None:
+    """All modules, from top to bottom as in .importlinter; `python docs/figures.py --only architecture` draws it anew."""
+    contract = (ROOT / ".importlinter").read_text(encoding="utf-8").split("layers =\n")[1].split("\n\n")[0]
+    want = [name.strip().removeprefix("spectralquant.") for line in contract.splitlines() for name in line.split("|")]
+    texts = [html.unescape(t) for t in re.findall(r"<text[^>]*>([^<]*)</text>", (ROOT / "docs/images/architecture.svg").read_text(encoding="utf-8"))]
+    assert [t for t in texts if t in want] == want
