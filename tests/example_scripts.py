@@ -1,15 +1,15 @@
-"""The example scripts as modules."""
+"""Scripts that are not part of the package, as modules."""
 
 import importlib.util
 from pathlib import Path
 from types import ModuleType
 
-FOLDER = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
 
 
-def script(name: str) -> ModuleType:
-    """`examples/name.py`."""
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+def script(name: str, folder: str = "examples") -> ModuleType:
+    """`folder/name.py`."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
