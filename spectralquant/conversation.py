@@ -76,12 +76,12 @@ class Conversation:
         return {**turn, **self.stats()}
 
     def stats(self) -> dict[str, Any]:
-        """{turns, context, cache_bytes, fp16_bytes, ratio, codec_bytes, preset}: sizes of what is remembered, in bytes as allocated."""
+        """{turns, seq_len, compressed_bytes, fp16_bytes, ratio, codec_bytes, preset}: sizes of what is remembered, in bytes as allocated."""
         held = self.cache.nbytes
         return {
             "turns": sum(message["role"] == "assistant" for message in self.messages),
-            "context": self.cache.get_seq_length(),
-            "cache_bytes": held,
+            "seq_len": self.cache.get_seq_length(),
+            "compressed_bytes": held,
             "fp16_bytes": self.cache.dense_bytes,
             "ratio": self.cache.dense_bytes / held if held else 1.0,
             "codec_bytes": self.cache.codec_bytes,

@@ -8,11 +8,11 @@ def describe_certificate(profile: Profile) -> str:
     c = profile.certificate
     head = (
         f"certificate: {c['tokens']:,} tokens of the {c['corpus']} corpus, {c['seconds']:.0f} s; "
-        f"at '{c['preset']}' KL {c['kl']:.4f}, agreement {c['agreement']:.1%} on {c['scored_tokens']} held-out tokens\n"
+        f"at '{c['preset']}' KL {c['kl']:.4f}, same token {c['agreement']:.1%} on {c['scored_tokens']} held-out tokens\n"
         "  (it ranks the candidates below and was chosen on the same tokens: optimistic, expect more on other text)"
     )
     rows = [
-        f"  {'kept   ' if row['kept'] else 'dropped'} {_name(row['changed']):<24} KL {row['kl']:.4f}  agreement {row['agreement']:.1%}" for row in c["menu"]
+        f"  {'kept   ' if row['kept'] else 'dropped'} {_name(row['changed']):<24} KL {row['kl']:.4f}  same token {row['agreement']:.1%}" for row in c["menu"]
     ]
     return "\n".join([head, *rows, f"  tokens kept exact in mid-text: {profile.exact_share:.2%}"])
 

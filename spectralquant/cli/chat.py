@@ -69,9 +69,11 @@ def _lines(quiet: bool) -> Iterator[str]:
 def _turn(conversation: "Conversation", line: str, out: "Output", options: dict[str, Any], tokenizer: Any) -> None:
     from transformers import TextStreamer
 
+    from spectralquant.cli.output import told_cache
+
     if line == "/stats":
         stats = conversation.stats()
-        out.say(_describe(stats), style="dim")
+        out.say(f"{stats['turns']} turns at '{stats['preset']}'; {told_cache(stats)}", style="dim")
         _emit(out, stats)
     elif line == "/reset":
         conversation.reset()
@@ -89,10 +91,3 @@ def _turn(conversation: "Conversation", line: str, out: "Output", options: dict[
 def _emit(out: "Output", content: dict[str, Any]) -> None:
     if out.as_json:
         print(json.dumps(content), flush=True)
-
-
-def _describe(stats: dict[str, Any]) -> str:
-    return (
-        f"{stats['turns']} turns, {stats['context']:,} tokens; cache {stats['cache_bytes'] / 1e6:.2f} MB at '{stats['preset']}', "
-        f"FP16 {stats['fp16_bytes'] / 1e6:.2f} MB: {stats['ratio']:.2f}x"
-    )

@@ -28,7 +28,7 @@ def generate(
     spectralquant generate smollm2 "Why is the sky blue?"
     spectralquant generate smollm2 - --max-new-tokens 64 < question.txt
     """
-    from spectralquant.cli.output import Output
+    from spectralquant.cli.output import Output, told_cache
     from spectralquant.cli.session import open_session
     from spectralquant.config import require_int
     from spectralquant.errors import ConfigError
@@ -49,11 +49,7 @@ def generate(
     given = as_message(session.tokenizer, text) if chat else text
     answer = session.engine(name).generate(session.model, session.tokenizer, given, max_new_tokens, **sampling, **options)
     stats = answer["stats"]
-    words.say(
-        f"\n{stats['new_tokens']} tokens, {stats['tokens_per_second']:.1f} tokens/s; cache of {stats['seq_len']:,} tokens: "
-        f"{stats['compressed_bytes'] / 1e6:.2f} MB, FP16 {stats['fp16_bytes'] / 1e6:.2f} MB, {stats['ratio']:.2f}x",
-        style="dim",
-    )
+    words.say(f"\n{stats['new_tokens']} tokens, {stats['tokens_per_second']:.1f} tokens/s; {told_cache(stats)}", style="dim")
     out.document({"model": session.label, "prompt": text, **answer})
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from spectralquant.cli import calibrate, chat, demo, doctor, evaluate, generate, inspect, plan, presets, sweep
+from spectralquant.cli import bench, calibrate, chat, demo, doctor, evaluate, generate, inspect, plan, presets, report, sweep
 from spectralquant.errors import MemoryLimitError, SpectralQuantError
 from spectralquant.version import __version__
 
@@ -15,7 +15,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 _PANELS = {
     "Start here": (demo.demo, generate.generate, chat.chat),
     "Calibrate": (calibrate.calibrate, inspect.inspect),
-    "Measure": (evaluate.evaluate, sweep.sweep),
+    "Measure": (evaluate.evaluate, sweep.sweep, bench.bench, report.report),
     "Look up": (presets.presets, plan.plan, doctor.doctor),
 }
 for panel, verbs in _PANELS.items():

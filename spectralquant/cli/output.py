@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -40,3 +40,11 @@ class Output:
         """The figures, when --json asks for them."""
         if self.as_json:
             print(json.dumps(plain(content), indent=2), flush=True)
+
+
+def told_cache(stats: Mapping[str, Any]) -> str:
+    """Size of a cache in words, from {seq_len, compressed_bytes, fp16_bytes, ratio}."""
+    held, dense = f"{stats['compressed_bytes'] / 1e6:.2f} MB", f"{stats['fp16_bytes'] / 1e6:.2f} MB"
+    if stats["ratio"] < 1:
+        return f"cache of {stats['seq_len']:,} tokens: {held}, the window of recent tokens, made at once (FP16 {dense}); blocks are packed once it is full"
+    return f"cache of {stats['seq_len']:,} tokens: {held}, FP16 {dense}, {stats['ratio']:.2f}x"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spectralquant.cli.models import load_model
+from spectralquant.cli import models
 from spectralquant.cli.output import Output
 from spectralquant.engine import SpectralQuantEngine
 from spectralquant.errors import ConfigError
@@ -42,7 +42,7 @@ def open_session(name: str, calibration: Path | None, no_cache: bool, out: Outpu
         ProfileError: The calibration is damaged, or another model's.
     """
     require_calibration(calibration)
-    model, tokenizer, label = load_model(name, dtype)
+    model, tokenizer, label = models.load_model(name, dtype)
     out.say(f"model: {label}, {sum(p.numel() for p in model.parameters()) / 1e6:,.0f} M parameters, {str(model.dtype)[6:]}, {model.device}")
     engine = SpectralQuantEngine(calibration_cache=not no_cache)
     if calibration is not None:
