@@ -43,7 +43,7 @@ from attention import made_up_sides
 from calibration import command_line
 from shapes import SHAPES, THETA, random_model
 from tqdm import tqdm
-from transformers import DynamicCache, LogitsProcessor, PretrainedConfig, QuantizedCache, StaticCache
+from transformers import DynamicCache, PretrainedConfig, QuantizedCache, StaticCache
 
 from spectralquant import SpectralQuantEngine
 from spectralquant.attention.hf import register
@@ -53,6 +53,7 @@ from spectralquant.codec.codec import LayerCodec, build_codec
 from spectralquant.compat import cache_argument
 from spectralquant.config import CacheConfig, Dials
 from spectralquant.errors import ConfigError
+from spectralquant.evaluation.speed import PeakMemory, Ticks, wait_for
 from spectralquant.evaluation.texts import read_text, tokenise
 from spectralquant.files import write_json
 from spectralquant.follow_up import install_generate
@@ -78,20 +79,6 @@ def made_up_profile(layers: int, heads: int, dim: int) -> Profile:
     rotary = Rotary(THETA ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)))
     layer = LayerProfile(key, value, torch.full((heads,), float(dim)), 10.0, rotary)
     return Profile(dict.fromkeys(range(layers), layer), Choices(exact_below=0.0, exact_error=0.0), {}, {})
-
-
-class Ticks(LogitsProcessor):
-    """Notes when tokens WARM and the last one are there."""
-
-    def __init__(self, wait: Callable[[], None], last: int) -> None:
-        self.wait, self.last, self.seen, self.times = wait, last, 0, []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if self.seen in (WARM, self.last):
-            self.wait()
-            self.times.append(time.perf_counter())
-        self.seen += 1
-        return scores
 
 
 class Bench:
@@ -163,7 +150,7 @@ class Bench:
         """Milliseconds per token, and tokens per second of all sequences, behind `context` tokens in the cache."""
         torch._dynamo.reset()
         self.reset_peak()
-        ticks = Ticks(self.wait, WARM + TOKENS)
+        ticks = Ticks(self.device, (WARM, WARM + TOKENS))
         cache = self.filled(kind, context, batch, context + WARM + TOKENS + 2, shared)
         self.generate(cache, self.ids(batch, context + 1), WARM + TOKENS + 1, logits_processor=[ticks])
         seconds = (ticks.times[1] - ticks.times[0]) / TOKENS
@@ -194,25 +181,18 @@ class Bench:
         return planner.plan(batch, context, tokens, forward, piece)
 
     def seconds(self, call: Callable[[], None]) -> float:
-        self.wait()
+        wait_for(self.device)
         began = time.perf_counter()
         call()
-        self.wait()
+        wait_for(self.device)
         return time.perf_counter() - began
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def reset_peak(self) -> None:
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            self.held = torch.cuda.memory_allocated(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
+        self.memory = PeakMemory(self.device)
 
     def peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device) - self.held if self.device.type == "cuda" else 0
+        return self.memory.bytes() or 0
 
     def bytes_per_token(self, kind: str) -> float:
         """Of a cache, for the first guess at the largest one."""

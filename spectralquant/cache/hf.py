@@ -127,7 +127,7 @@ class SpectralCache(DynamicCache):
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor held: codes, gains, exact tokens, window, slack, and layers that are not coded."""
-        return storage_bytes(tensor for layer in self.layers for tensor in _layer_tensors(layer))
+        return storage_bytes(tensor for layer in self.layers for tensor in layer_tensors(layer))
 
     @property
     def codec_bytes(self) -> int:
@@ -139,7 +139,7 @@ class SpectralCache(DynamicCache):
         """Bytes that a 16-bit cache of the same tokens takes (sliding layers: what they hold)."""
         total = 0
         for layer in self.layers:
-            held = _layer_tensors(layer)
+            held = layer_tensors(layer)
             segment = layer.segment if isinstance(layer, SpectralLayer) else None
             if segment is not None:
                 batch, heads, _, dim = segment.recent_keys.shape
@@ -202,7 +202,8 @@ def _bounded(layers: list[Any]) -> str:
     return ", ".join(f"layers {run[0]}-{run[-1]} keep {kept[run[0]]}" if len(run) > 1 else f"layer {run[0]} keeps {kept[run[0]]}" for run in runs)
 
 
-def _layer_tensors(layer: Any) -> list[Tensor]:
+def layer_tensors(layer: Any) -> list[Tensor]:
+    """All tensors that a layer of a cache holds, of this package or of transformers."""
     if isinstance(layer, SpectralLayer):
         return layer.tensors()
     held = [x for v in vars(layer).values() for x in (v.values() if isinstance(v, dict) else (v,))]  # recurrent states are in dicts

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from spectralquant.errors import ConfigError, SpectralQuantError
 from spectralquant.evaluation.methods import Prepared, Subject, find_method
@@ -96,13 +97,20 @@ def begin(plan: Plan, subject: Subject, command: str, unavailable: dict[str, str
         "plan": wanted,
         "command": command,
         "unavailable": unavailable or {},
+        **machine(subject.model),
+    }
+    write_json(path, document)
+
+
+def machine(model: PreTrainedModel) -> dict[str, Any]:
+    """What figures depend on besides the plan: {device, threads, dtype, python, versions}."""
+    return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _RECORDED},
     }
-    write_json(path, document)
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

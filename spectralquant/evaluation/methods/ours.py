@@ -1,5 +1,7 @@
 """This package at each preset, or with any other arguments of its engine: real packed codes, read by the real attention."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 from transformers.cache_utils import Cache
@@ -9,6 +11,9 @@ from spectralquant.codec.budget import INDEX_BITS
 from spectralquant.engine import SpectralQuantEngine
 from spectralquant.evaluation.methods.base import Method, Prepared, Subject
 from spectralquant.presets import PRESETS
+
+CALIBRATION = "calibration.safetensors"
+"""In the folder of a run."""
 
 
 def method_for(name: str, label: str, **options: Any) -> Method:
@@ -25,13 +30,20 @@ def method_for(name: str, label: str, **options: Any) -> Method:
 
 def _prepare(subject: Subject, options: dict[str, Any]) -> Prepared:
     engine = SpectralQuantEngine(**options)
-    path = subject.calibration or subject.folder / "calibration.safetensors"
-    if path.exists():
-        engine.load_calibration(path)
-    else:
-        SpectralQuantEngine(compression="high").calibrate_to(path, subject.model, subject.tokenizer)
-        engine.load_calibration(path)
+    engine.load_calibration(_calibration(subject))
     return Prepared(lambda: engine.cache(subject.model), bits_all_in, exact_tokens)
+
+
+def _calibration(subject: Subject) -> Path:
+    """The subject's, of which the run's folder keeps a copy, or one that is made there now."""
+    kept = subject.folder / CALIBRATION
+    if subject.calibration is None:
+        if not kept.exists():
+            SpectralQuantEngine(compression="high").calibrate_to(kept, subject.model, subject.tokenizer)
+        return kept
+    if subject.calibration.is_file() and not kept.exists():
+        shutil.copyfile(subject.calibration, kept)
+    return subject.calibration
 
 
 def bits_all_in(cache: Cache) -> float:
