@@ -48,6 +48,12 @@ def summarise_language(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def means_by_position(windows: Sequence[Sequence[float]], piece: int) -> list[float]:
+    """Means over the windows of each `piece` of neighbouring positions, as far as all windows reach; the last piece may be shorter."""
+    length = min(map(len, windows))
+    return [_mean([value for window in windows for value in window[i : min(i + piece, length)]]) for i in range(0, length, piece)]
+
+
 def summarise_success(rows: Sequence[dict[str, Any]], yardstick: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Share of successes of one method, its 95 % interval, and the paired difference to the yardstick on the same units.
 

@@ -16,7 +16,7 @@ from rich.table import Table as RichTable
 
 from spectralquant.errors import ConfigError
 from spectralquant.evaluation.methods import Method, find_method
-from spectralquant.evaluation.metrics import standard_error, summarise_language, summarise_success
+from spectralquant.evaluation.metrics import means_by_position, standard_error, summarise_language, summarise_success
 from spectralquant.evaluation.plots import write_plots
 from spectralquant.evaluation.runner import CONFIG, read_rows
 from spectralquant.evaluation.tasks.problems import per_problem
@@ -38,7 +38,8 @@ class RunReport:
     Attributes:
         config: The run's config.json.
         methods: Those with rows, in the plan's order; measured ones that the plan has dropped since come last.
-        language: One line per text, context and method, with `metrics.summarise_language` and the ratios 16 / bits.
+        language: One line per text, context and method, with `metrics.summarise_language`, the ratios 16 / bits, and `kl_by_position`, the mean KL of
+            each piece of `chunk` scored tokens.
         needles: One line per group and method, with `metrics.summarise_success` and the mean likelihood of the answers. "length", "depth" and
             "kind" say which needles are in the group; None stands for all.
         problems: One line per method, with `metrics.summarise_success` and the share of answers in the asked form that are right.
@@ -64,7 +65,7 @@ class RunReport:
     def as_markdown(self) -> str:
         """A document: the configuration in a line, then the tables."""
         parts = [f"# {self.config['plan']['model']}", _describe(self.config, "`"), *_left_out(self.config)]
-        for table in _tables(self):
+        for table in tables_of(self):
             lines = [table.header, tuple("---" for _ in table.header), *table.rows]
             parts += [f"## {table.title}", "\n".join(f"| {' | '.join(_escape(cell) for cell in line)} |" for line in lines), *table.notes]
         return "\n\n".join(parts) + "\n"
@@ -74,7 +75,7 @@ class RunReport:
         console.print(f"{self.config['plan']['model']}: {_describe(self.config, '')}", style="dim", soft_wrap=True)
         for line in _left_out(self.config):
             console.print(line, style="yellow", soft_wrap=True)
-        for table in _tables(self):
+        for table in tables_of(self):
             shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, caption="\n".join(table.notes))
             shown.caption_justify = "left"
             for i, name in enumerate(table.header):
@@ -85,7 +86,7 @@ class RunReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Table:
+class Table:
     """Cells as text, the method's label in the first column."""
 
     title: str
@@ -125,7 +126,7 @@ def build_report(folder: Path) -> RunReport:
     return RunReport(
         config,
         tuple(find_method(name) for name in names),
-        tuple(_language_lines(by_task.get(("language",), []), names)),
+        tuple(_language_lines(by_task.get(("language",), []), names, config["plan"]["chunk"])),
         tuple(_needle_lines(by_task.get(("needles",), []), names, planned[0])),
         tuple(_problem_lines(per_problem(by_task.get(("problems",), [])), names, planned[0])),
     )
@@ -134,13 +135,14 @@ def build_report(folder: Path) -> RunReport:
 # Lines ----------------------------------------------------------------------------------------------------------------
 
 
-def _language_lines(rows: Sequence[Row], names: Sequence[str]) -> Iterable[Row]:
+def _language_lines(rows: Sequence[Row], names: Sequence[str], chunk: int) -> Iterable[Row]:
     groups = _group(rows, ("text", "context", "method"))
     for text, context in dict.fromkeys((text, context) for text, context, _ in groups):
         for name in (n for n in names if (text, context, n) in groups):
             summary = summarise_language(groups[text, context, name])
             ratios = {"ratio": 16 / summary["bits"], "whole_ratio": 16 / summary["whole_bits"]}
-            yield {"text": text, "context": context, "method": name, **ratios, **summary}
+            by_position = means_by_position([row["kl"] for row in groups[text, context, name]], chunk)
+            yield {"text": text, "context": context, "method": name, **ratios, **summary, "kl_by_position": by_position}
 
 
 def _needle_lines(rows: Sequence[Row], names: Sequence[str], yardstick: str) -> Iterable[Row]:
@@ -174,7 +176,8 @@ def _group(rows: Iterable[Row], columns: Sequence[str]) -> dict[tuple[Any, ...],
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
-def _tables(report: RunReport) -> list[_Table]:
+def tables_of(report: RunReport) -> list[Table]:
+    """Of every task that was run."""
     tables = _language_tables(report)
     if report.needles:
         tables += [_needle_table(report), _depth_table(report)]
@@ -183,7 +186,7 @@ def _tables(report: RunReport) -> list[_Table]:
     return tables
 
 
-def _language_tables(report: RunReport) -> list[_Table]:
+def _language_tables(report: RunReport) -> list[Table]:
     header = ("method", "windows", "bits", "ratio", "whole cache", "ratio", "KL", "median", "99 %", "same token", "perplexity ratio")
     note = (
         "KL in nats per scored token against the uncompressed model, ± its standard error over windows. Bits per element all-in: codes, scales and "
@@ -191,7 +194,7 @@ def _language_tables(report: RunReport) -> list[_Table]:
     )
     groups = _group(report.language, ("text", "context"))
     return [
-        _Table(f"{text}, {context:,} tokens of context", header, tuple(map(_language_cells, lines)), _notes(lines, note))
+        Table(f"{text}, {context:,} tokens of context", header, tuple(map(_language_cells, lines)), _notes(lines, note))
         for (text, context), lines in groups.items()
     ]
 
@@ -212,7 +215,7 @@ def _language_cells(line: Row) -> tuple[str, ...]:
     )
 
 
-def _needle_table(report: RunReport) -> _Table:
+def _needle_table(report: RunReport) -> Table:
     """All needles, and those of each kind and length."""
     overall = select_needles(report.needles)
     groups: list[Row] = [{column: value} for column in ("kind", "length") for value in _values(report, column)]
@@ -220,22 +223,22 @@ def _needle_table(report: RunReport) -> _Table:
     header = ("method", "needles", "found", "95 % interval", _against(report), "answer NLL", *names)
     rows = tuple((*_success_cells(report, line), f"{line['answer_nll']:.3g}", *(_found(report, line["method"], g) for g in groups)) for line in overall)
     note = f"Found: the answer occurs in the output. NLL: mean negative log-likelihood of the answer's tokens in nats. {_DIFFERENCES}"
-    return _Table("Needles", header, rows, _notes(overall, note))
+    return Table("Needles", header, rows, _notes(overall, note))
 
 
-def _depth_table(report: RunReport) -> _Table:
+def _depth_table(report: RunReport) -> Table:
     """Shares with their 95 % intervals by depth, all kinds and lengths together."""
     overall, depths = select_needles(report.needles), sorted(_values(report, "depth"))
     rows = tuple((_label(name), *(_found(report, name, {"depth": d}, True) for d in depths)) for name in (line["method"] for line in overall))
     note = "Share of needles found, with its 95 % interval. Depth 0 % is the beginning of the text."
-    return _Table("Needles by depth", ("method", *(f"{100 * d:.4g} %" for d in depths)), rows, _notes(overall, note))
+    return Table("Needles by depth", ("method", *(f"{100 * d:.4g} %" for d in depths)), rows, _notes(overall, note))
 
 
-def _problem_table(report: RunReport) -> _Table:
+def _problem_table(report: RunReport) -> Table:
     header = ("method", "problems", "right", "95 % interval", _against(report), "right after ####")
     rows = tuple((*_success_cells(report, line), f"{100 * line['accuracy_strict']:.1f} %") for line in report.problems)
     note = f"Right: the number after ####, or the last one where there is no ####. {_DIFFERENCES}"
-    return _Table("Word problems", header, rows, _notes(report.problems, note))
+    return Table("Word problems", header, rows, _notes(report.problems, note))
 
 
 def _success_cells(report: RunReport, line: Row) -> tuple[str, ...]:

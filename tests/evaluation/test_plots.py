@@ -14,8 +14,7 @@ from hand_made import METHODS, language_row, language_rows, needle_rows, write_r
 from spectralquant.errors import ConfigError
 from spectralquant.evaluation.methods import METHODS as ALL_METHODS
 from spectralquant.evaluation.plots import write_plots
-from spectralquant.evaluation.plots.kl_by_context import spread
-from spectralquant.evaluation.plots.labels import Box, place_labels
+from spectralquant.evaluation.plots.labels import Box, place_labels, spread
 from spectralquant.evaluation.plots.style import family_styles, points_of
 from spectralquant.evaluation.report import build_report
 

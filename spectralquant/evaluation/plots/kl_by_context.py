@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from spectralquant.evaluation.plots.labels import freeze_layout
-from spectralquant.evaluation.plots.style import Point, Style, family_styles, footnote, marker, new_figure, points_of, scale_kl, set_apart, text_style
+from spectralquant.evaluation.plots.labels import EndLabel, end_label, freeze_layout, spread_ends
+from spectralquant.evaluation.plots.style import Point, Style, family_styles, footnote, marker, new_figure, points_of, scale_kl, set_apart
 
 if TYPE_CHECKING:
     from spectralquant.evaluation.report import RunReport
@@ -36,20 +36,18 @@ def draw_kl_by_context(report: "RunReport") -> Any:
     _scale_contexts(grid[0], contexts)
     footnote(figure, report, below)
     freeze_layout(figure)
-    for axes, texts_at_end in labels:
-        _spread_labels(axes, texts_at_end, contexts[-1])
+    for axes, ends in labels:
+        spread_ends(axes, ends)
     return figure
 
 
-def _plot_curve(axes: Any, curve: Sequence[tuple[int, Point]], styles: dict[str, Style]) -> tuple[Any, Point, int]:
-    """Draw one method's line and its name right of the axes; returns the name's text, its point and the context there."""
+def _plot_curve(axes: Any, curve: Sequence[tuple[int, Point]], styles: dict[str, Style]) -> EndLabel:
+    """Draw one method's line and its name right of the axes."""
     context, end = curve[-1]
     style = styles[end.method.family]
     x, y, error = [c for c, _ in curve], [p.kl for _, p in curve], [p.error for _, p in curve]
     axes.errorbar(x, y, error, lw=style.width, zorder=style.order, capsize=2.5, elinewidth=1.0, **marker(end.method, style))
-    transform = axes.get_yaxis_transform()  # x in shares of the axes, y in data
-    text = axes.text(1.06, end.kl, end.method.name, transform=transform, va="center", **text_style(style))
-    return text, end, context
+    return end_label(axes, end.method.name, context, end.kl, style)
 
 
 def _scale_contexts(axes: Any, contexts: Sequence[int]) -> None:
@@ -60,34 +58,3 @@ def _scale_contexts(axes: Any, contexts: Sequence[int]) -> None:
     axes.xaxis.set_major_locator(FixedLocator(contexts))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-
-
-def _spread_labels(axes: Any, labels: Sequence[tuple[Any, Point, int]], last: int) -> None:
-    """Move the names apart and join each to its line's end."""
-    gap = 12.5 * axes.figure.dpi / 72
-    to_pixels, to_data, to_share, mixed = axes.transData, axes.transData.inverted(), axes.transAxes.inverted(), axes.get_yaxis_transform()
-    wanted = [float(to_pixels.transform((last, point.kl))[1]) for _, point, _ in labels]
-    order = sorted(range(len(labels)), key=wanted.__getitem__)
-    for i, y in zip(order, spread([wanted[i] for i in order], gap, axes.bbox.y0, axes.bbox.y1), strict=True):
-        text, point, context = labels[i]
-        height = float(to_data.transform((0, y))[1])
-        text.set_y(height)
-        end = float(to_share.transform(to_pixels.transform((context, point.kl)))[0])
-        line = [end + 0.012, 1.0, 1.05], [point.kl, point.kl, height]
-        axes.plot(*line, transform=mixed, clip_on=False, lw=0.7, color=text.get_color(), alpha=0.6)
-
-
-def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The positions nearest to `wanted` (ascending) in least squares that are `gap` apart, then moved into [low, high] where they fit.
-
-    Without i * gap they are the isotonic regression of `wanted` without i * gap: neighbours in the wrong order are pooled.
-    """
-    pools: list[tuple[float, int]] = []  # (mean, count)
-    for i, value in enumerate(wanted):
-        pools.append((value - i * gap, 1))
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (b, m), (a, n) = pools.pop(), pools.pop()
-            pools.append(((a * n + b * m) / (n + m), n + m))
-    means = [mean for mean, count in pools for _ in range(count)]
-    top = high - gap * (len(wanted) - 1)
-    return [max(min(mean, top), low) + i * gap for i, mean in enumerate(means)]

@@ -108,3 +108,48 @@ def _ink(axes: Any, scale: float) -> list[tuple[float, float]]:
             steps = int(math.hypot(x1 - x0, y1 - y0) / 3) + 1
             ink += [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(min(steps, 400) + 1)]
     return ink
+
+
+@dataclass(frozen=True, slots=True)
+class EndLabel:
+    """A name right of the axes, and the end (x, y) of its line, in data."""
+
+    text: Any
+    x: float
+    y: float
+
+
+def end_label(axes: Any, name: str, x: float, y: float, style: Style) -> EndLabel:
+    """Write the name of a line that ends at (x, y); `spread_ends` finds its place when the layout has settled."""
+    transform = axes.get_yaxis_transform()  # x in shares of the axes, y in data
+    return EndLabel(axes.text(1.06, y, name, transform=transform, va="center", **text_style(style)), x, y)
+
+
+def spread_ends(axes: Any, ends: Sequence[EndLabel]) -> None:
+    """Move the names apart and join each to its line's end."""
+    gap = 12.5 * axes.figure.dpi / 72
+    to_pixels, to_data, to_share, mixed = axes.transData, axes.transData.inverted(), axes.transAxes.inverted(), axes.get_yaxis_transform()
+    ends = sorted(ends, key=lambda e: float(to_pixels.transform((e.x, e.y))[1]))
+    wanted = [float(to_pixels.transform((e.x, e.y))[1]) for e in ends]
+    for end, y in zip(ends, spread(wanted, gap, axes.bbox.y0, axes.bbox.y1), strict=True):
+        height = float(to_data.transform((0, y))[1])
+        end.text.set_y(height)
+        share = float(to_share.transform(to_pixels.transform((end.x, end.y)))[0])
+        line = [share + 0.012, 1.0, 1.05], [end.y, end.y, height]
+        axes.plot(*line, transform=mixed, clip_on=False, lw=0.7, color=end.text.get_color(), alpha=0.6)
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """The positions nearest to `wanted` (ascending) in least squares that are `gap` apart, then moved into [low, high] where they fit.
+
+    Without i * gap they are the isotonic regression of `wanted` without i * gap: neighbours in the wrong order are pooled.
+    """
+    pools: list[tuple[float, int]] = []  # (mean, count)
+    for i, value in enumerate(wanted):
+        pools.append((value - i * gap, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (b, m), (a, n) = pools.pop(), pools.pop()
+            pools.append(((a * n + b * m) / (n + m), n + m))
+    means = [mean for mean, count in pools for _ in range(count)]
+    top = high - gap * (len(wanted) - 1)
+    return [max(min(mean, top), low) + i * gap for i, mean in enumerate(means)]

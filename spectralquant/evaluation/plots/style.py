@@ -20,13 +20,17 @@ COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#8
 """Okabe and Ito's colours, which are told apart with any colour vision, ours taken out and a few of Tol's added. There is one marker more than
 colours: a second round has other pairs."""
 MARKERS = "s^Dv<>phdPX"
+SIDE_COLOURS = {"key": COLOURS[0], "value": COLOURS[1]}
+TAIL = "#BBBBBB"
 BITS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 SETTINGS: dict[str, Any] = {
     "font.family": "DejaVu Sans", "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "legend.fontsize": 10, "legend.frameon": False,
     "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E6E6E6", "grid.linewidth": 0.8, "axes.edgecolor": "#999999", "axes.spines.top": False,
-    "axes.spines.right": False, "xtick.color": "#444444", "ytick.color": "#444444",
+    "axes.spines.right": False, "xtick.color": "#444444", "ytick.color": "#444444", "text.parse_math": False,
 }  # fmt: skip
 DPI = 150
+COLUMN = 4.6
+"""Inches: the width of a figure that a phone shows whole with legible text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +122,14 @@ def plot_families(axes: Any, points: Sequence[Point], styles: dict[str, Style]) 
 
 
 def text_style(style: Style) -> dict[str, Any]:
-    """The family's colour, a quarter darker: thin strokes look paler than lines."""
-    from matplotlib.colors import to_rgb
+    return {"fontsize": 9.5, "color": text_colour(style.colour), "weight": style.weight}
 
-    return {"fontsize": 9.5, "color": tuple(0.75 * c for c in to_rgb(style.colour)), "weight": style.weight}
+
+def text_colour(colour: str) -> str:
+    """`colour` a quarter darker: thin strokes look paler than lines."""
+    from matplotlib.colors import to_hex, to_rgb
+
+    return to_hex(tuple(0.75 * c for c in to_rgb(colour)))
 
 
 def marker(method: Method, style: Style) -> dict[str, Any]:
