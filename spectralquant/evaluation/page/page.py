@@ -8,7 +8,9 @@ from typing import Any
 
 from spectralquant.errors import ConfigError, ProfileError
 from spectralquant.evaluation.methods.ours import CALIBRATION
-from spectralquant.evaluation.page.sections import Run, facts_of, headline, key_figures, legend, sections_of
+from spectralquant.evaluation.page.run import Run
+from spectralquant.evaluation.page.sections import sections_of
+from spectralquant.evaluation.page.top import facts_of, headline, key_figures, legend, scored_context
 from spectralquant.evaluation.plots.style import require_matplotlib, settings
 from spectralquant.evaluation.report import build_report
 from spectralquant.evaluation.runner import CONFIG
@@ -74,12 +76,12 @@ def render(run: Run) -> str:
     except ImportError as error:
         raise ConfigError('the page needs jinja2, which is not installed; run: pip install "spectralquant[report]"') from error
     require_matplotlib()
-    here = files(__package__)
+    here = files("spectralquant.evaluation.page")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
     template = environment.from_string((here / _TEMPLATE).read_text(encoding="utf-8"))
     with settings():
         sections = sections_of(run)
     return template.render(
-        run=run, headline=headline(run), facts=facts_of(run), figures=key_figures(run), sections=sections, legend=legend(run),
+        run=run, headline=headline(run), facts=facts_of(run), figures=key_figures(run), context=scored_context(run), sections=sections, legend=legend(run),
         sheet=(here / _SHEET).read_text(encoding="utf-8"), version=__version__,
     )  # fmt: skip

@@ -1,64 +1,18 @@
 """What the page says, part by part: text, pictures and tables from a run's parts. How it looks is in the template."""
 
-import math
-import shlex
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from spectralquant.evaluation.page.svg import inline_svg, series_names
-from spectralquant.evaluation.plots.bit_allocation import draw_bit_allocation
+from spectralquant.evaluation.page.run import Row, Run, listed
+from spectralquant.evaluation.page.svg import inline_svg
+from spectralquant.evaluation.plots.bit_allocation import coded_jointly, draw_bit_allocation
 from spectralquant.evaluation.plots.kl_against_bits import draw_kl_against_bits_at
 from spectralquant.evaluation.plots.kl_by_position import draw_kl_by_position
 from spectralquant.evaluation.plots.spectra import draw_spectra
 from spectralquant.evaluation.plots.speed import draw_memory_by_context, draw_prompt_by_context, draw_speed_by_context
-from spectralquant.evaluation.plots.style import OURS, Point, family_styles, points_of
+from spectralquant.evaluation.plots.style import OURS, Point, points_of
 from spectralquant.evaluation.report import RunReport, Table, tables_of
 from spectralquant.evaluation.speed import UNCOMPRESSED
 from spectralquant.memory import told_bytes
-from spectralquant.presets import PRESETS, CompressionPreset
-from spectralquant.profile import Profile
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """The parts of a run that its folder holds.
-
-    Attributes:
-        name: Of the folder.
-        report: Of an evaluation.
-        bench: What `speed.bench` wrote.
-        profile: The calibration.
-    """
-
-    name: str
-    report: RunReport | None
-    bench: dict[str, Any] | None
-    profile: Profile | None
-
-    @property
-    def model(self) -> str:
-        return self.documents[0]["plan"]["model"]
-
-    @property
-    def documents(self) -> list[dict[str, Any]]:
-        """Configurations of what was run: plan, command, machine, versions."""
-        return [document for document in (self.report and self.report.config, self.bench) if document]
-
-    @property
-    def preset(self) -> CompressionPreset:
-        """The one that is looked into: "high" where it was measured, else the first that was."""
-        measured = [m.name for m in self.report.methods] if self.report else []
-        measured += self.bench["plan"]["presets"] if self.bench else []
-        ours = [name for name in measured if name in PRESETS]
-        return PRESETS["high" if "high" in ours or not ours else ours[0]]
-
-    @property
-    def bench_rows(self) -> list[Row]:
-        """Those with figures: memory sufficed."""
-        return [row for row in (self.bench or {"rows": []})["rows"] if "out_of_memory" not in row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,103 +36,8 @@ class Section:
     legend: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
-    """Key figures of one preset: the large one with its unit, and others as (name, value)."""
-
-    title: str
-    figure: str
-    unit: str
-    lines: tuple[tuple[str, str], ...] = field(default=())
-
-
 def sections_of(run: Run) -> list[Section]:
     return [_quality(run), _positions(run), _tables(run), _memory(run), _speed(run), _spectra(run), _bits(run)]
-
-
-# The top --------------------------------------------------------------------------------------------------------------
-
-
-def headline(run: Run) -> str:
-    """What was measured, in a few words."""
-    parts = []
-    if run.report is not None and run.report.language:
-        texts, contexts = (dict.fromkeys(line[column] for line in run.report.language) for column in ("text", "context"))
-        parts.append(
-            f"how far its predictions move when its KV cache is compressed, on {_listed(texts)} behind {_listed(f'{c:,}' for c in contexts)} tokens of "
-            f"context, for {len(run.report.methods)} ways to keep a cache"
-        )
-    if run.report is not None and run.report.needles:
-        parts.append("whether it still finds facts in a long text")
-    if run.report is not None and run.report.problems:
-        parts.append("whether it still solves word problems")
-    if run.bench_rows:
-        parts.append("how much memory whole caches take and how fast it decodes")
-    return f"What was measured of {run.model}: {'; '.join(parts)}." if parts else f"Nothing of {run.model} has been measured yet."
-
-
-def facts_of(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(title, (name, value)...) of the evaluation and the bench."""
-    found = []
-    for document, title in ((run.report and run.report.config, "Evaluation"), (run.bench, "Speed and memory")):
-        if not document:
-            continue
-        plan = document["plan"]
-        versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items() if version)
-        facts = [("Model", f"{plan['model']}, {document['dtype']}"), ("Machine", f"{document['device']}, {document['threads']} threads")]
-        facts += [("Versions", f"Python {document['python']}, {versions}"), ("How", _how(plan))]
-        if document["command"]:
-            facts.append(("Command", document["command"]))
-        facts += [("Not run", reason) for reason in document.get("unavailable", {}).values()]
-        found.append((title, facts))
-    return found
-
-
-def _how(plan: dict[str, Any]) -> str:
-    if "windows" in plan:
-        return f"{plan['windows']} windows of text, {plan['scored']} scored tokens each, read in pieces of {plan['chunk']}; seed {plan['seed']}"
-    return f"{plan['repeats']} rounds, {plan['new_tokens']} tokens decoded behind each prompt; medians"
-
-
-def key_figures(run: Run) -> list[Card]:
-    """A card for every preset that was measured."""
-    contexts = sorted({line["context"] for line in run.report.language}) if run.report else []
-    lines = [line for line in run.report.language if line["context"] == contexts[-1]] if run.report and contexts else []
-    whole = _whole_caches(run)
-    cards = []
-    for name in PRESETS:
-        mine = [line for line in lines if line["method"] == name]
-        shown: list[tuple[str, str]] = []
-        if mine:
-            shown += [("KL", f"{_mean(line['kl'] for line in mine):.2g}"), ("same token", f"{100 * _mean(line['agreement'] for line in mine):.1f} %")]
-        if name in whole:
-            row, plain = whole[name]
-            shown.append(("whole cache", f"{row['fp16_bytes'] / row['cache_bytes']:.1f}x smaller at {row['context']:,}"))
-            shown.append(("decoding", f"{row['tokens_per_s'] / plain['tokens_per_s']:.2f}x the speed"))
-        if mine:
-            cards.append(
-                Card(name, f"{16 / _mean(line['bits'] for line in mine):.2f}x", f"smaller, {_mean(line['bits'] for line in mine):.2f} bits", tuple(shown))
-            )
-        elif name in whole:
-            row, _ = whole[name]
-            cards.append(Card(name, f"{row['fp16_bytes'] / row['cache_bytes']:.2f}x", "smaller, whole cache", tuple(shown)))
-    return cards
-
-
-def _whole_caches(run: Run) -> dict[str, tuple[Row, Row]]:
-    """Preset -> (its row, the uncompressed cache's) at the longest context that both have."""
-    plain = {row["context"]: row for row in run.bench_rows if row["cache"] == UNCOMPRESSED}
-    rows = sorted((row for row in run.bench_rows if row["cache"] != UNCOMPRESSED and row["context"] in plain), key=lambda row: row["context"])
-    return {row["cache"]: (row, plain[row["context"]]) for row in rows}
-
-
-def legend(run: Run) -> list[tuple[str, str]]:
-    """(variable of the colour, family) of the methods in the run."""
-    if run.report is None:
-        return []
-    styles, names = family_styles(run.report.methods), series_names()
-    measured = dict.fromkeys(m.family for m in run.report.methods)
-    return [(names[styles[family].colour], family) for family in sorted(measured, key=lambda family: family != OURS)]
 
 
 # Quality --------------------------------------------------------------------------------------------------------------
@@ -187,7 +46,7 @@ def legend(run: Run) -> list[tuple[str, str]]:
 def _quality(run: Run) -> Section:
     title = "Error against size"
     if run.report is None or not run.report.language:
-        return Section("quality", title, missing=("The error was not measured.", _command(run, "evaluate")))
+        return Section("quality", title, missing=("The error was not measured.", run.command("evaluate")))
     pictures = []
     for context in _contexts(run.report):
         figure = draw_kl_against_bits_at(run.report, context)
@@ -226,7 +85,7 @@ def _named(point: Point) -> str:
 def _positions(run: Run) -> Section:
     title = "Error by token position"
     if run.report is None or not run.report.language:
-        return Section("positions", title, missing=("The error was not measured.", _command(run, "evaluate")))
+        return Section("positions", title, missing=("The error was not measured.", run.command("evaluate")))
     pictures = []
     for context in _contexts(run.report):
         figure = draw_kl_by_position(run.report, context)
@@ -242,10 +101,10 @@ def _positions(run: Run) -> Section:
 
 
 def _tables(run: Run) -> Section:
-    title = "Figures"
+    title = "Tables"
     tables = tables_of(run.report) if run.report is not None else []
     if not tables:
-        return Section("tables", title, missing=("There are no tables: nothing was evaluated.", _command(run, "evaluate")))
+        return Section("tables", title, missing=("There are no tables: nothing was evaluated.", run.command("evaluate")))
     return Section("tables", title, tables=tuple(tables))
 
 
@@ -259,7 +118,7 @@ def _contexts(report: RunReport) -> list[int]:
 def _memory(run: Run) -> Section:
     title = "Memory against context"
     if not run.bench_rows:
-        return Section("memory", title, missing=("Memory was not measured.", _command(run, "bench")))
+        return Section("memory", title, missing=("Memory was not measured.", run.command("bench")))
     told = "Bytes of whole caches over the tokens of context, a line for the uncompressed cache and one for each preset."
     caption = "Bytes of every tensor that a cache holds, as allocated: codes, gains, exact tokens, the recent window in 16 bits, and room to grow."
     if run.bench is not None and run.bench["dtype"] == "float32":
@@ -275,7 +134,7 @@ def _memory(run: Run) -> Section:
 def _speed(run: Run) -> Section:
     title = "Speed against context"
     if not run.bench_rows:
-        return Section("speed", title, missing=("Speed was not measured.", _command(run, "bench")))
+        return Section("speed", title, missing=("Speed was not measured.", run.command("bench")))
     rows, bars = run.bench_rows, "Points are medians of the rounds, bars reach from the slowest to the fastest."
     speed = inline_svg(draw_speed_by_context(rows), "speed", "Tokens per second against context", "Tokens decoded per second over the tokens of context.")
     prompt = inline_svg(draw_prompt_by_context(rows), "prompt", "Prompt seconds against context", "Seconds to the first token over the tokens of context.")
@@ -286,14 +145,20 @@ def _speed(run: Run) -> Section:
     modes = dict.fromkeys(row["decode_mode"] for row in rows if row["decode_mode"])
     text = ("One sequence through transformers' generate, its loop included.",)
     if modes:
-        text += (f"How decode steps of compressed caches ran: {_listed(modes)}.",)
+        text += (f"How decode steps of compressed caches ran: {listed(modes)}.",)
     return Section("speed", title, text, pictures)
 
 
 def _bench_table(run: Run) -> Table:
     header = ("cache", "context", "whole cache", "of FP16", "constants", "prompt", "tokens/s", "slowest to fastest", "peak beside weights")
     plain = {row["context"]: row for row in run.bench_rows if row["cache"] == UNCOMPRESSED}
-    return Table("Memory and speed", header, tuple(_bench_cells(row, plain.get(row["context"])) for row in run.bench["rows"]) if run.bench else (), ())
+    rows = [_bench_cells(row, plain.get(row["context"])) for row in (run.bench or {"rows": []})["rows"]]
+    columns = [i for i in range(len(header)) if any(row[i] != "-" for row in rows)]  # without a GPU there is no peak
+    notes = (
+        "Of FP16: share of what 16 bits would take for the same tokens. Constants: of the codec, once per model. Prompt: seconds to the first token. "
+        "Speed in brackets: against the uncompressed cache.",
+    )
+    return Table("Memory and speed", tuple(header[i] for i in columns), tuple(tuple(row[i] for i in columns) for row in rows), notes)
 
 
 def _bench_cells(row: Row, plain: Row | None) -> tuple[str, ...]:
@@ -321,14 +186,15 @@ def _bench_cells(row: Row, plain: Row | None) -> tuple[str, ...]:
 def _spectra(run: Run) -> Section:
     title = "Spectra, layer by layer"
     if run.profile is None:
-        return Section("spectra", title, missing=("The run holds no calibration.", _calibrate(run)))
+        return Section("spectra", title, missing=("The run holds no calibration.", run.command("calibrate")))
     share = run.preset.d_eff_variance
     pictures = []
     for side, name in (("key", "keys"), ("value", "values")):
-        told = (
-            f"A small panel per layer: variance of each coordinate of the {name}, falling, logarithmic, with the semantic band in colour and the tail in grey."
+        told = f"A small panel per layer: variance of each coordinate of the {name}, falling, logarithmic, the semantic band in colour and the tail in grey."
+        caption = (
+            f"{name.capitalize()}, a panel per layer, its number above. In colour the semantic band, the coordinates that hold {100 * share:.0f} % of the "
+            "variance; the number inside says how many."
         )
-        caption = f"{name.capitalize()}. In colour the semantic band, the coordinates that hold {100 * share:.0f} % of the variance; the number says how many."
         pictures.append(Picture(inline_svg(draw_spectra(run.profile, side, share), f"spectra-{side}", f"Spectra of the {name}", told), caption))
     dim = next(iter(run.profile.layers.values())).head_dim
     text = (
@@ -343,12 +209,13 @@ def _spectra(run: Run) -> Section:
 def _bits(run: Run) -> Section:
     title = f"Where the bits go, preset {run.preset.name}"
     if run.profile is None:
-        return Section("bits", title, missing=("The run holds no calibration.", _calibrate(run)))
-    captions = {
-        "key": "Keys: the widths in which coordinates are stored, 0 to 8 bits; 0 drops a coordinate. Heads differ, so means lie between.",
-        "value": "Values: they are coded jointly, a block of coordinates at a time, so no coordinate has a width of its own. Shown are the widths that "
-        'water-filling gives scalar codes of the same size, those of quantizer="uniform"; joint codes spend the same bits in all, in fractions for any coordinate.',
-    }
+        return Section("bits", title, missing=("The run holds no calibration.", run.command("calibrate")))
+    widths = "the widths in which coordinates are stored, 0 to 8 bits; 0 drops a coordinate. Heads differ, so means lie between."
+    joint = (
+        "they are coded jointly, a block of coordinates at a time, so no coordinate has a width of its own. Shown is what the codes are worth: half the "
+        "logarithm to base 2 of variance over error, measured here on Gaussian samples of the spectra with the codebooks of the calibration."
+    )
+    captions = {"key": f"Keys: {widths}", "value": f"Values: {joint if coded_jointly(run.profile, run.preset) else widths}"}
     pictures = []
     for side, caption in captions.items():
         told = f"Bits per coordinate of the {side}s: layers downwards, coordinates by falling variance to the right, brighter is more bits."
@@ -359,24 +226,3 @@ def _bits(run: Run) -> Section:
         "budget; a layer with a steep spectrum spends it on few coordinates, one with a flat spectrum spreads it.",
     )
     return Section("bits", title, text, tuple(pictures))
-
-
-# Words ----------------------------------------------------------------------------------------------------------------
-
-
-def _command(run: Run, verb: str) -> str:
-    return f"spectralquant {verb} MODEL --out {shlex.quote(run.name)}"
-
-
-def _calibrate(run: Run) -> str:
-    return f"spectralquant calibrate MODEL --out {shlex.quote(run.name + '/calibration.safetensors')}"
-
-
-def _listed(words: Iterable[str]) -> str:
-    *most, last = [str(word) for word in words]
-    return f"{', '.join(most)} and {last}" if most else last
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found) if found else math.nan

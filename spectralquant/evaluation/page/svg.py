@@ -41,8 +41,8 @@ def inline_svg(figure: Any, name: str, title: str, description: str) -> str:
 
 
 def _own_ids(drawn: str, name: str) -> str:
-    """Ids that something refers to begin with `name`; all others, comments, metadata and digits that nobody sees go."""
-    drawn = re.sub(r"<!--.*?-->\s*|<metadata>.*?</metadata>\s*", "", drawn, flags=re.DOTALL)
+    """Ids that something refers to begin with `name`; all others, comments, metadata, rules for the whole page and digits that nobody sees go."""
+    drawn = re.sub(r"<!--.*?-->\s*|<metadata>.*?</metadata>\s*|<style.*?</style>\s*", "", drawn, flags=re.DOTALL)
     drawn = _NUMBERS.sub(lambda attribute: re.sub(r"(\.\d\d)\d+", r"\1", attribute[0]), drawn)
     used = set(_REFERENCE.findall(drawn))
     drawn = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", drawn)

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spectralquant.evaluation.methods import Method
-from spectralquant.evaluation.plots.labels import end_label, freeze_layout, spread_ends
+from spectralquant.evaluation.plots.labels import EndLabel, end_label, freeze_layout, spread_ends
 from spectralquant.evaluation.plots.style import COLUMN, OURS, Style, family_styles, new_figure, points_of, scale_kl, set_apart
 
 if TYPE_CHECKING:
     from spectralquant.evaluation.report import RunReport
+
+DASHES = ("-", "--", "-.", ":")
+"""Of this package's methods, which share a colour."""
 
 
 def draw_kl_by_position(report: "RunReport", context: int) -> Any:
@@ -22,11 +25,12 @@ def draw_kl_by_position(report: "RunReport", context: int) -> Any:
     styles, piece = family_styles(report.methods), report.config["plan"]["chunk"]
     figure = new_figure(COLUMN, 4.4)
     axes = figure.subplots()
-    ends, seen = [], []
+    ends, seen, ours = [], [], [method for method in methods if method.family == OURS]
     for method in methods:
         values = _mean_curve([line["kl_by_position"] for line in report.language if line["context"] == context and line["method"] == method.name])
         places = [piece * (i + 0.5) for i in range(len(values))]
-        ends.append(_plot_line(axes, method, places, values, styles[method.family]))
+        dashes = DASHES[ours.index(method) % len(DASHES)] if method in ours else "-"
+        ends.append(_plot_line(axes, method, places, values, styles[method.family], dashes))
         seen += values
     axes.set(title=f"{context:,} tokens of context", xlabel="scored token behind the context", ylabel="KL in nats per token")
     scale_kl(axes, points)
@@ -53,6 +57,7 @@ def _mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
     return [sum(values) / len(values) for values in zip(*curves, strict=False)]
 
 
-def _plot_line(axes: Any, method: Method, places: Sequence[float], values: Sequence[float], style: Style) -> Any:
-    axes.plot(places, values, color=style.colour, lw=style.width, zorder=style.order, marker=style.marker, ms=0.5 * style.size, alpha=0.9)
+def _plot_line(axes: Any, method: Method, places: Sequence[float], values: Sequence[float], style: Style, dashes: str) -> EndLabel:
+    width, mark = 0.75 * style.width, {"marker": style.marker, "ms": 0.45 * style.size}
+    axes.plot(places, values, color=style.colour, lw=width, zorder=style.order, ls=dashes, **mark)
     return end_label(axes, method.name, places[-1], values[-1], style)

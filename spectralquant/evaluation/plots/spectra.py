@@ -23,6 +23,7 @@ def draw_spectra(profile: Profile, side: str, share: float) -> Any:
     rows = -(-len(profile.layers) // columns)
     figure = new_figure(COLUMN, 0.5 + 0.72 * rows)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    grid[0].set_yscale("log")
     for axes, (index, layer) in zip(grid, profile.layers.items(), strict=False):
         variance = getattr(layer, side).variance
         _plot_layer(axes, _shape(variance), semantic_size(variance, share), SIDE_COLOURS[side])
@@ -30,7 +31,7 @@ def draw_spectra(profile: Profile, side: str, share: float) -> Any:
     for axes in grid[len(profile.layers) :]:
         axes.set_visible(False)
     dim = getattr(next(iter(profile.layers.values())), side).variance.shape[1]
-    grid[0].set(xlim=(0, dim), ylim=(FLOOR, 1.5), yscale="log")
+    grid[0].set(xlim=(0, dim), ylim=(FLOOR, 2.5))
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015)
     figure.supxlabel(f"coordinate, 1 to {dim}", fontsize=9)
     figure.supylabel(f"variance, largest = 1, down to {FLOOR:g}", fontsize=9)

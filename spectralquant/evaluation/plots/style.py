@@ -129,7 +129,8 @@ def text_colour(colour: str) -> str:
     """`colour` a quarter darker: thin strokes look paler than lines."""
     from matplotlib.colors import to_hex, to_rgb
 
-    return to_hex(tuple(0.75 * c for c in to_rgb(colour)))
+    red, green, blue = (0.75 * part for part in to_rgb(colour))
+    return to_hex((red, green, blue))
 
 
 def marker(method: Method, style: Style) -> dict[str, Any]:
@@ -150,12 +151,13 @@ def scale_bits(axes: Any, bits: Sequence[float]) -> None:
 
 def scale_kl(axes: Any, points: Iterable[Point]) -> None:
     """Limits come from the means, so that an error bar that reaches zero ends at the frame and does not stretch the axis."""
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogFormatter
 
     kl = [p.kl for p in points]
     axes.set_yscale("log")
     axes.set_ylim(min(kl) / 1.8, max(kl) * 1.8)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.4)))  # where less than a decade shows; the default writes mathematics
 
 
 def family_legend(figure: Any, points: Iterable[Point], styles: dict[str, Style]) -> None:
