@@ -49,3 +49,24 @@ def problem_row(method: str, correct: list[int], strict: list[int], batch: int =
     count = len(correct)
     lists = {"problem": [16 * batch + i for i in range(count)], "output": ["#### 1"] * count, "expected": ["1"] * count}
     return {"task": "problems", "unit": f"batch/{batch}", "method": method, **lists, "correct": correct, "correct_strict": strict, "bits": BITS[method]}
+
+
+def bench_row(cache: str, context: int, seconds: float = 0.5) -> dict[str, Any]:
+    """Twice the memory and half the speed at twice the context; "high" takes a quarter of the 16 bits."""
+    share = 1.0 if cache == "fp16" else 0.25
+    figures = {"prompt_s": seconds, "prompt_s_low": 0.9 * seconds, "prompt_s_high": 1.2 * seconds}
+    speed = 51200 / context * (1.0 if cache == "fp16" else 1.1)
+    figures |= {"tokens_per_s": speed, "tokens_per_s_low": 0.9 * speed, "tokens_per_s_high": 1.1 * speed}
+    sizes = {"cache_bytes": int(1000 * context * share), "fp16_bytes": 1000 * context, "codec_bytes": 0 if cache == "fp16" else 5_000_000}
+    held = {"tokens": context + 10, "new_tokens": 8, "repeats": 3, "peak_bytes": None, "decode_mode": None if cache == "fp16" else "as it is"}
+    return {"cache": cache, "context": context, **figures, **sizes, **held}
+
+
+def write_bench(folder: Path, rows: Iterable[dict[str, Any]] | None = None) -> Path:
+    """A folder as `speed.bench` leaves it, without a calibration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [bench_row(cache, context) for context in (512, 1024) for cache in ("fp16", "high")] if rows is None else list(rows)
+    plan = {"model": "tiny", "presets": ["high"], "contexts": [512, 1024], "new_tokens": 8, "repeats": 3, "text": "stdlib:pydoc_data.topics"}
+    machine = {"device": "cpu", "threads": 2, "dtype": "float32", "python": "3.11.7", "versions": {"torch": "2.13.0"}}
+    (folder / "bench.json").write_text(json.dumps({"plan": plan, "command": "spectralquant bench --out run", **machine, "warm_up": 2, "rows": rows}))
+    return folder

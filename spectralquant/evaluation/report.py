@@ -117,7 +117,10 @@ def build_report(folder: Path) -> RunReport:
     path = folder / CONFIG
     if not path.is_file():
         raise ConfigError(f"{folder} has no {CONFIG}; expected the folder of a run, as `spectralquant evaluate --out` writes it")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is no JSON ({error}); remove the folder and run again") from error
     rows = read_rows(folder)
     measured = dict.fromkeys(row["method"] for row in rows)
     planned = config["plan"]["methods"]

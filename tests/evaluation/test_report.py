@@ -41,6 +41,16 @@ def test_language_figures(tmp_path: Path) -> None:
     assert (line["whole_bits"], line["whole_ratio"]) == (9.25, pytest.approx(16 / 9.25))
 
 
+def test_error_by_position(tmp_path: Path) -> None:
+    """Pieces of `chunk` tokens, means over windows; hand-made KL is 0.01, 0.02, 0.03, 0.04 in window 0 and twice that in window 1."""
+    folder = write_run(tmp_path, language_rows())
+    assert find(build_report(folder).language, method="high")["kl_by_position"] == pytest.approx([0.0375])
+    config = json.loads((folder / "config.json").read_text())
+    config["plan"]["chunk"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    assert find(build_report(folder).language, method="high")["kl_by_position"] == pytest.approx([0.03, 0.06])
+
+
 def test_one_line_per_text_context_and_method_in_the_plan_s_order(tmp_path: Path) -> None:
     rows = language_rows(("prose", "code"), (512, 2048))
     report = build_report(write_run(tmp_path, rows, ("high", "fp16", "kivi2-g32")))
@@ -172,6 +182,12 @@ def test_tables_are_written_without_matplotlib(tmp_path: Path, monkeypatch: pyte
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json"):
+        build_report(tmp_path)
+
+
+def test_a_configuration_that_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"plan": ')
+    with pytest.raises(ConfigError, match=r"config\.json is no JSON"):
         build_report(tmp_path)
 
 

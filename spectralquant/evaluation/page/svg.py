@@ -57,7 +57,7 @@ def _themed(drawn: str) -> str:
 
     def style(match: "re.Match[str]") -> str:
         text = re.sub(r"#[0-9a-f]{6}\b", lambda m: f"var(--{variables[m[0]]})" if m[0] in variables else m[0], match[1])
-        text = re.sub(r" ?font-family: [^;]*;", "", text)
+        text = re.sub(r";? ?font-family: [^;]*", "", text)
         text = re.sub(r"font: (?:(bold|\d+) )?([\d.]+px) [^;]*", lambda m: f"font-size: {m[2]}" + (f"; font-weight: {m[1]}" if m[1] else ""), text)
         return f' style="{text}"'
 
