@@ -7,7 +7,7 @@ from typing import Any
 
 from spectralquant.evaluation.page.run import Row, Run, counted, listed
 from spectralquant.evaluation.page.svg import series_names
-from spectralquant.evaluation.plots.style import OURS, family_styles
+from spectralquant.evaluation.plots.style import OURS, family_styles, points_of, set_apart
 from spectralquant.evaluation.speed import UNCOMPRESSED
 from spectralquant.presets import PRESETS
 
@@ -101,12 +101,13 @@ def _whole_caches(run: Run) -> dict[str, tuple[Row, Row]]:
 
 
 def legend(run: Run) -> list[tuple[str, str]]:
-    """(variable of the colour, family) of the methods in the run."""
+    """(variable of the colour, family) of the methods in the pictures of KL."""
     if run.report is None:
         return []
     styles, names = family_styles(run.report.methods), series_names()
-    measured = dict.fromkeys(m.family for m in run.report.methods)
-    return [(names[styles[family].colour], family) for family in sorted(measured, key=lambda family: family != OURS)]
+    _, panels = set_apart({context: points_of(run.report, context) for context in {line["context"] for line in run.report.language}})
+    drawn = dict.fromkeys(point.method.family for points in panels.values() for point in points)
+    return [(names[styles[family].colour], family) for family in sorted(styles, key=lambda family: family != OURS) if family in drawn]
 
 
 def _mean(values: Iterable[float]) -> float:

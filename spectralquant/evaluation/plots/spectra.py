@@ -32,9 +32,9 @@ def draw_spectra(profile: Profile, side: str, share: float) -> Any:
         axes.set_visible(False)
     dim = getattr(next(iter(profile.layers.values())), side).variance.shape[1]
     grid[0].set(xlim=(0, dim), ylim=(FLOOR, 2.5))
-    figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015)
+    figure.get_layout_engine().set(w_pad=0.015, h_pad=0.025)
     figure.supxlabel(f"coordinate, 1 to {dim}", fontsize=9)
-    figure.supylabel(f"variance, largest = 1, down to {FLOOR:g}", fontsize=9)
+    figure.supylabel(f"variance, logarithmic, 1 down to {FLOOR:g}", fontsize=9)
     return figure
 
 
