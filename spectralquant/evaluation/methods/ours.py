@@ -1,7 +1,5 @@
 """This package at each preset, or with any other arguments of its engine: real packed codes, read by the real attention."""
 
-import shutil
-from pathlib import Path
 from typing import Any
 
 from transformers.cache_utils import Cache
@@ -30,20 +28,19 @@ def method_for(name: str, label: str, **options: Any) -> Method:
 
 def _prepare(subject: Subject, options: dict[str, Any]) -> Prepared:
     engine = SpectralQuantEngine(**options)
-    engine.load_calibration(_calibration(subject))
+    _load(engine, subject)
     return Prepared(lambda: engine.cache(subject.model), bits_all_in, exact_tokens)
 
 
-def _calibration(subject: Subject) -> Path:
-    """The subject's, of which the run's folder keeps a copy, or one that is made there now."""
+def _load(engine: SpectralQuantEngine, subject: Subject) -> None:
+    """Give `engine` the subject's calibration, of which the run's folder keeps a copy, or one that is made there now."""
     kept = subject.folder / CALIBRATION
-    if subject.calibration is None:
-        if not kept.exists():
-            SpectralQuantEngine(compression="high").calibrate_to(kept, subject.model, subject.tokenizer)
-        return kept
-    if subject.calibration.is_file() and not kept.exists():
-        shutil.copyfile(subject.calibration, kept)
-    return subject.calibration
+    path = subject.calibration or kept
+    if not path.exists():
+        SpectralQuantEngine(compression="high").calibrate_to(path, subject.model, subject.tokenizer)
+    profile = engine.load_calibration(path)
+    if not kept.exists():
+        profile.save(kept)
 
 
 def bits_all_in(cache: Cache) -> float:

@@ -15,6 +15,7 @@ from spectralquant.evaluation.methods import METHODS, Subject
 from spectralquant.evaluation.methods.ours import method_for
 from spectralquant.evaluation.tasks.base import hand_over, read_context
 from spectralquant.presets import PRESETS
+from spectralquant.profile import load_profile
 
 CONTEXT = 300
 
@@ -72,3 +73,9 @@ def test_calibration_is_made_once_and_shared(subject: Subject, monkeypatch: pyte
 def test_bad_options_are_refused_at_once(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         method_for("mine", "Mine", **options)
+
+
+def test_the_run_keeps_a_copy_of_the_calibration(subject: Subject) -> None:
+    METHODS["high"].prepare(subject)
+    kept, given = (load_profile(path) for path in (subject.folder / "calibration.safetensors", subject.calibration or Path()))
+    assert kept.model == given.model and torch.equal(kept.layers[0].key.variance, given.layers[0].key.variance)
