@@ -101,11 +101,10 @@ def bench(
     _require_positions(plan, model, warm_up)
     engines = {name: _engine(name, profile) for name in plan.presets}
     ids = _prompt(plan, tokenizer).to(device)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / CALIBRATION).exists():
-            profile.save(folder / CALIBRATION)
-    document = {"plan": asdict(plan), "command": command, **machine(model), "warm_up": warm_up, "rows": []}
+    if folder is not None and not (folder / CALIBRATION).exists():
+        profile.save(folder / CALIBRATION)
+    rows: list[dict[str, Any]] = []
+    document = {"plan": asdict(plan), "command": command, **machine(model), "warm_up": warm_up, "rows": rows}
     caches = (UNCOMPRESSED, *plan.presets)
     with tqdm(total=(1 + len(plan.contexts) * plan.repeats) * len(caches), unit="run", disable=not progress) as bar:
 
@@ -122,7 +121,7 @@ def bench(
             for _ in range(plan.repeats):
                 for name in caches:
                     runs[name].append(run(name, context, plan.new_tokens))
-            document["rows"] += [{"cache": name, "context": context, **_summary(found)} for name, found in runs.items()]
+            rows += [{"cache": name, "context": context, **_summary(found)} for name, found in runs.items()]
             if folder is not None:
                 write_json(folder / BENCH, document)
     return document

@@ -10,6 +10,7 @@ from tiny_models import TinyTokenizer, tiny_model
 from transformers import PreTrainedModel
 
 from spectralquant import SpectralQuantEngine
+from spectralquant.compat import cache_argument
 from spectralquant.errors import ConfigError
 from spectralquant.evaluation import speed
 from spectralquant.evaluation.speed import SpeedPlan, Ticks, bench
@@ -49,7 +50,7 @@ def test_bytes_are_those_of_the_caches(measured: Measured, llama: PreTrainedMode
     assert ids.shape == (1, 600)
     with engine.applied_to(llama):
         cache = engine.cache(llama)
-        llama.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        llama.generate(ids, attention_mask=torch.ones_like(ids), **cache_argument(llama, cache), max_new_tokens=8, min_new_tokens=8, do_sample=False)
     assert (packed["cache_bytes"], packed["codec_bytes"]) == (cache.nbytes, cache.codec_bytes)
 
 

@@ -37,7 +37,7 @@ class Section:
 
 
 def sections_of(run: Run) -> list[Section]:
-    return [_quality(run), _positions(run), _tables(run), _memory(run), _speed(run), _spectra(run), _bits(run)]
+    return [_quality(run), _positions(run), _memory(run), _speed(run), _spectra(run), _bits(run), _tables(run)]
 
 
 # Quality --------------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def _speed(run: Run) -> Section:
     modes = dict.fromkeys(row["decode_mode"] for row in rows if row["decode_mode"])
     text = ("One sequence through transformers' generate, its loop included.",)
     if modes:
-        text += (f"How decode steps of compressed caches ran: {listed(modes)}.",)
+        text += (f"Decode steps of compressed caches, as decode_report names them: {listed(modes)}.",)
     return Section("speed", title, text, pictures)
 
 

@@ -76,8 +76,8 @@ def key_figures(run: Run) -> list[Card]:
             shown += [("KL", f"{_mean(line['kl'] for line in mine):.2g}"), ("same token", f"{100 * _mean(line['agreement'] for line in mine):.1f} %")]
         if name in whole:
             row, plain = whole[name]
-            shown.append(("whole cache", f"{row['fp16_bytes'] / row['cache_bytes']:.1f}x smaller at {row['context']:,}"))
-            shown.append(("decoding", f"{row['tokens_per_s'] / plain['tokens_per_s']:.2f}x the speed"))
+            shown.append((f"whole at {row['context']:,}", f"{row['fp16_bytes'] / row['cache_bytes']:.1f}x smaller"))
+            shown.append(("decoding there", f"{row['tokens_per_s'] / plain['tokens_per_s']:.2f}x as fast"))
         if mine:
             cards.append(
                 Card(name, f"{16 / _mean(line['bits'] for line in mine):.2f}x", f"smaller, {_mean(line['bits'] for line in mine):.2f} bits", tuple(shown))

@@ -24,7 +24,7 @@ def draw_kl_by_context(report: "RunReport") -> Any:
     grid = figure.subplots(1, len(texts), sharex=True, sharey=True, squeeze=False)[0]
     styles = family_styles(report.methods)
     scale_kl(grid[0], (p for points in panels.values() for p in points))
-    labels: list[tuple[Any, list[tuple[Any, Point, int]]]] = []
+    labels: list[tuple[Any, list[EndLabel]]] = []
     for axes, text in zip(grid, texts, strict=True):
         curves: dict[str, list[tuple[int, Point]]] = {}
         for context in contexts:
