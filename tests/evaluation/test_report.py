@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from hand_made import METHODS, SCALE, language_row, language_rows, needle_row, needle_rows, problem_row, write_run
+from rich.console import Console
 
 from spectralquant.errors import ConfigError
 from spectralquant.evaluation.metrics import wilson_interval
@@ -144,7 +145,7 @@ def test_no_dagger_where_all_codes_are_real(tmp_path: Path) -> None:
 
 def test_print_shows_every_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [*language_rows(), *needle_rows({"fp16": [(1024, 0.0)], "high": []}), problem_row("fp16", [1], [1])]
-    build_report(write_run(tmp_path, rows)).print()
+    build_report(write_run(tmp_path, rows)).print(Console(width=200))
     shown = capsys.readouterr().out
     for title in ("prose, 512 tokens of context", "Needles by depth", "Word problems"):
         assert title in shown
