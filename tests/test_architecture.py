@@ -17,11 +17,21 @@ from spectralquant.requirements import TRANSFORMERS
 ROOT = Path(__file__).parents[1]
 
 
+HEAVY = {"torch", "transformers", "numpy", "cuda", "safetensors", "tqdm"}
+
+
 def test_import_is_lean() -> None:
-    """`import spectralquant` loads neither torch nor transformers nor the CUDA packages."""
-    code = "import sys, spectralquant; print(sorted({'torch', 'transformers', 'numpy', 'cuda'} & sys.modules.keys()))"
+    """`import spectralquant` loads nothing that it was not asked for."""
+    code = f"import sys, spectralquant; print(sorted({HEAVY | {'typer', 'rich', 'filelock'}!r} & sys.modules.keys()))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["presets"], ["evaluate", "--help"]])
+def test_command_line_answers_without_torch(arguments: list[str]) -> None:
+    code = f"import sys\ntry: main({arguments!r})\nexcept SystemExit: pass\nprint(sorted({HEAVY!r} & sys.modules.keys()))"
+    out = subprocess.run([sys.executable, "-c", f"from spectralquant.cli.main import main; {code}"], capture_output=True, text=True, check=True)
+    assert out.stdout.splitlines()[-1] == "[]"
 
 
 def test_transformers_that_is_too_old(tmp_path: Path) -> None:

@@ -11,16 +11,16 @@ from spectralquant.version import __version__
 
 INTERRUPTED = 130
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})
+app: typer.Typer = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})
 _PANELS = {
     "Start here": (demo.demo, generate.generate, chat.chat),
     "Calibrate": (calibrate.calibrate, inspect.inspect),
     "Measure": (evaluate.evaluate, sweep.sweep, bench.bench, report.report),
     "Look up": (presets.presets, plan.plan, doctor.doctor),
 }
-for panel, verbs in _PANELS.items():
-    for verb in verbs:
-        app.command(rich_help_panel=panel)(verb)
+for _panel, _verbs in _PANELS.items():
+    for _verb in _verbs:
+        app.command(rich_help_panel=_panel)(_verb)
 
 
 def _print_version(asked: bool) -> None:

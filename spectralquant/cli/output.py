@@ -21,7 +21,7 @@ class Output:
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
         stream = sys.stderr if as_json else sys.stdout
-        self.console = Console(file=stream, highlight=False, markup=False, emoji=False, width=None if stream.isatty() else PIPED_WIDTH)
+        self.console: Console = Console(file=stream, highlight=False, markup=False, emoji=False, width=None if stream.isatty() else PIPED_WIDTH)
 
     def say(self, text: str = "", style: str | None = None) -> None:
         """Lines of text; never taken for markup."""
