@@ -81,7 +81,8 @@ def planner_for(model: PreTrainedModel, preset: CompressionPreset, element_bytes
     planes = layout.key_planes + layout.value_planes
     bounds = exact_bounds(profile, preset, Dials(), planes)
     layers = tuple(LayerSize(layer.heads, layer.head_dim, layout.record_bytes, bounds[i]) for i, layer in profile.layers.items())
-    codec = sum(4 * layer.heads * layer.dim * (2 * layer.dim + planes) for layer in layers)  # the matrices; means and scales are nothing beside them
+    matrices = sum(4 * layer.heads * layer.dim * (2 * layer.dim + planes) for layer in layers)  # float32; means and scales are nothing beside them
+    codec = matrices + 4 * 2 * layers[0].dim * profile.choices.run  # and one table of turns
     weights = element_bytes * sum(p.numel() for p in model.parameters())
     return Planner(weights, codec, layers, sliding_windows(model, coded), config or CacheConfig())
 

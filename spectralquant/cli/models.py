@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from spectralquant.cli.options import DEMO, DTYPES
 from spectralquant.corpus import leading_tokens
 from spectralquant.errors import ConfigError
+
+
+UNREADABLE = (OSError, ValueError, ImportError, KeyError, SafetensorError)
+"""What transformers raises for a model that it can't load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,7 @@ def load_model(name: str | None, dtype: str | None = None) -> tuple[Any, Any, st
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **source.options)
         model: Any = AutoModelForCausalLM.from_pretrained(source.name, dtype=getattr(torch, dtype), **source.options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except UNREADABLE as error:
         raise cannot_load(name, error) from error
     if source.options and adds_bos(Path(source.name) / source.options["gguf_file"]) and not leading_tokens(tokenizer):
         tokenizer.add_bos_token = True  # transformers 5.17 loses it (5.24 does not), and Gemma without BOS is another model
@@ -82,7 +87,7 @@ def load_shape(name: str) -> tuple[Any, str]:
         config = AutoConfig.from_pretrained(source.name, **source.options)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config), source.label
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except UNREADABLE as error:
         raise cannot_load(name, error) from error
 
 

@@ -19,14 +19,16 @@ def findings(capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_doctor_tells_what_is_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = tmp_path / "spectralquant" / "kernels"
+def test_doctor_tells_what_is_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, calibrations: Path) -> None:
+    monkeypatch.setenv("SPECTRALQUANT_HOME", str(tmp_path))
+    folder = tmp_path / "kernels"
     folder.mkdir(parents=True)
     (folder / "one.cubin").write_bytes(bytes(1000))
+    calibrations.mkdir(parents=True)
+    (calibrations / "one.safetensors").write_bytes(bytes(20))
     found = findings(capsys)
     assert found["versions"]["spectralquant"] == __version__ and found["versions"]["torch"] == torch.__version__
-    assert found["cache"] == {"folder": str(folder), "bytes": 1000}
+    assert found["kept"] == {"kernels": {"folder": str(folder), "bytes": 1000}, "calibrations": {"folder": str(calibrations), "bytes": 20}}
     assert len(found["devices"]) == torch.cuda.device_count()
     assert found["features"].keys() == KERNELS.keys() and all(f["reason"] for f in found["features"].values())
 
