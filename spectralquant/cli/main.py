@@ -11,7 +11,9 @@ from spectralquant.version import __version__
 
 INTERRUPTED = 130
 
-app: typer.Typer = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})
+app: typer.Typer = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
+)
 _PANELS = {
     "Start here": (demo.demo, generate.generate, chat.chat),
     "Calibrate": (calibrate.calibrate, inspect.inspect),

@@ -13,7 +13,6 @@ from spectralquant.cli.options import DEMO, DTYPES
 from spectralquant.corpus import leading_tokens
 from spectralquant.errors import ConfigError
 
-
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, SafetensorError)
 """What transformers raises for a model that it can't load."""
 
