@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spectralquant.cli.options import DEMO, Calibration, DType, Json, Model
+from spectralquant.cli.options import DEMO, Calibration, DType, Json, Model, NoCache
 from spectralquant.errors import ConfigError
 
 DEFAULT_METHODS = (
@@ -36,6 +36,7 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(help="Of windows, needles and made-up problems. Default: 0.")] = None,
     calibration: Calibration = None,
     dtype: DType = None,
+    no_cache: NoCache = False,
     as_json: Json = False,
 ) -> None:
     """Measure KL, retrieval and word problems for this package and its peers on the same windows.
@@ -76,7 +77,7 @@ def evaluate(
     require_calibration(calibration)
     loaded, tokenizer, label = load_model(model, dtype)
     file = None if calibration is None else calibration_file(calibration)
-    run(Plan(model=label, methods=methods, **settings), Subject(loaded, tokenizer, out, file), command_line())
+    run(Plan(model=label, methods=methods, **settings), Subject(loaded, tokenizer, out, file, not no_cache), command_line())
     report = write_report(out)
     report.print(say.console)
     say.say(f"\nwritten to {out}; spectralquant report {out} makes a page of it")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from spectralquant.cli.options import DEMO, Calibration, DType, Json, Model, PresetList
+from spectralquant.cli.options import DEMO, Calibration, DType, Json, Model, NoCache, PresetList
 from spectralquant.errors import ConfigError
 
 
@@ -22,6 +22,7 @@ def sweep(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the run; an interrupted one goes on there. Default: a temporary one.")] = None,
     calibration: Calibration = None,
     dtype: DType = None,
+    no_cache: NoCache = False,
     as_json: Json = False,
 ) -> None:
     """Measure size and KL of presets and dials; * marks those that no other beats in both.
@@ -52,7 +53,7 @@ def sweep(
     loaded, tokenizer, label = load_model(model, dtype)
     file = None if calibration is None else calibration_file(calibration)
     with tempfile.TemporaryDirectory() as scratch:
-        subject = Subject(loaded, tokenizer, out or Path(scratch), file)
+        subject = Subject(loaded, tokenizer, out or Path(scratch), file, not no_cache)
         points = sweeping.sweep(settings, replace(plan, model=label), subject, command_line())
     say = Output(as_json)
     rows = [(f"{'*' if p['pareto'] else ' '} {p['label']}", f"{p['bits']:.2f}", f"{16 / p['bits']:.2f}x", f"{p['kl']:.4f} ± {p['kl_se']:.4f}") for p in points]

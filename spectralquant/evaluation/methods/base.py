@@ -17,12 +17,14 @@ class Subject:
         model, tokenizer: As loaded; nobody changes their weights.
         folder: Where a method keeps files between runs (calibrations).
         calibration: The user's calibration file of this package, or None.
+        calibration_cache: Whether one may be found among the kept ones, or kept, see `spectralquant.calibration_cache`.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     folder: Path
     calibration: Path | None = None
+    calibration_cache: bool = True
 
 
 @dataclass(frozen=True, slots=True)

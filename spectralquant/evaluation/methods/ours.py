@@ -33,11 +33,13 @@ def _prepare(subject: Subject, options: dict[str, Any]) -> Prepared:
 
 
 def _load(engine: SpectralQuantEngine, subject: Subject) -> None:
-    """Give `engine` the subject's calibration, of which the run's folder keeps a copy, or one that is made there now."""
+    """Give `engine` the subject's calibration, of which the run's folder keeps a copy, or one that is found or made now."""
     kept = subject.folder / CALIBRATION
     path = subject.calibration or kept
     if not path.exists():
-        SpectralQuantEngine(compression="high").calibrate_to(path, subject.model, subject.tokenizer)
+        finder = SpectralQuantEngine(compression="high", calibration_cache=subject.calibration_cache)
+        finder.ensure_calibrated(subject.model, subject.tokenizer)
+        finder.save_calibration(path, subject.model)
     profile = engine.load_calibration(path)
     if not kept.exists():
         profile.save(kept)
