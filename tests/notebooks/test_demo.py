@@ -11,7 +11,7 @@ from example_scripts import ROOT, script
 from nbformat import NotebookNode
 
 PATH = ROOT / "notebooks" / "spectralquant_demo.ipynb"
-SHORT = {"NEW_TOKENS": 4, "N_PROMPTS": 1, "N_TEXTS": 2, "COMPARED": ["high", "ultra"]}
+SHORT = {"NEW_TOKENS": 4, "N_PROMPTS": 1, "N_TEXTS": 2, "COMPARED": ["high"]}
 """A test's worth of the cell of parameters."""
 IDENTICAL = "tokens and logits identical to the bit: True"
 A_PATH = re.compile(r"(?<![\w./<])/(?:bin|content|home|mnt|opt|private|root|tmp|usr|Users|var|work)/|\b[A-Z]:\\")
