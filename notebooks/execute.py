@@ -71,9 +71,9 @@ def set_parameters(notebook: NotebookNode, values: Mapping[str, Any]) -> None:
 
 
 def is_progress(output: NotebookNode) -> bool:
-    """Whether an output is a progress bar: a widget, or text on stderr that goes back to the beginning of its line."""
+    """Whether an output is of a progress bar: a widget, or text on stderr that goes back to the beginning of its line, or the line's end alone."""
     if output.output_type == "stream":
-        return output.name == "stderr" and "\r" in output.text
+        return output.name == "stderr" and ("\r" in output.text or not output.text.strip())
     return WIDGET in output.get("data", ())
 
 

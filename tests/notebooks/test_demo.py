@@ -11,7 +11,7 @@ from example_scripts import ROOT, script
 from nbformat import NotebookNode
 
 PATH = ROOT / "notebooks" / "spectralquant_demo.ipynb"
-SHORT = {"NEW_TOKENS": 4, "N_PROMPTS": 1, "N_TEXTS": 2}
+SHORT = {"NEW_TOKENS": 4, "N_PROMPTS": 1, "N_TEXTS": 2, "COMPARED": ["high"]}
 """A test's worth of the cell of parameters."""
 IDENTICAL = "tokens and logits identical to the bit: True"
 A_PATH = re.compile(r"(?<![\w./<])/(?:bin|content|home|mnt|opt|private|root|tmp|usr|Users|var|work)/|\b[A-Z]:\\")
@@ -55,10 +55,11 @@ def test_values_replace_parameters() -> None:
 def test_progress_is_no_output_but_a_warning_is() -> None:
     execute = script("execute", "notebooks")
     bar = nbformat.v4.new_output("stream", name="stderr", text="calibrating:   0%|\rcalibrating: 100%|")
+    end = nbformat.v4.new_output("stream", name="stderr", text="\n")
     widget = nbformat.v4.new_output("display_data", data={execute.WIDGET: {}, "text/plain": "0%"})
     warning = nbformat.v4.new_output("stream", name="stderr", text="UserWarning: few tokens\n")
     said = nbformat.v4.new_output("stream", name="stdout", text="a\rb")
-    assert [execute.is_progress(output) for output in (bar, widget, warning, said)] == [True, True, False, False]
+    assert [execute.is_progress(output) for output in (bar, end, widget, warning, said)] == [True, True, True, False, False]
 
 
 def assert_clean(notebook: NotebookNode) -> None:
