@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from spectralquant import application, prompts
 from spectralquant.attention.hf import register
 from spectralquant.cache.hf import SpectralCache, coded_layer_indices, layer_devices, model_device
-from spectralquant.calibration.hf import collect, fingerprint, known_fingerprint, unwrapped
+from spectralquant.calibration.hf import collect, fingerprint, known_fingerprint, unwrapped, weights_digest
 from spectralquant.calibration_cache import digest_of, remembered
 from spectralquant.clock import GenerationClock
 from spectralquant.codec.budget import require_head_dim
@@ -149,9 +149,9 @@ class SpectralQuantEngine:
         return profile
 
     def _decisive(self, model: PreTrainedModel, corpus: str) -> dict[str, Any]:
-        """What decides a calibration besides model and tokens."""
+        """What decides a calibration besides fingerprint and tokens. Values too: models may differ in scales alone, which leave the fingerprint as it is."""
         settings = {"preset": self.preset, "cache": self.cache_config, "quantizer": self.quantizer, "dtype": model.dtype, "device": model.device.type}
-        return {**{name: str(value) for name, value in settings.items()}, "corpus": corpus}
+        return {**{name: str(value) for name, value in settings.items()}, "corpus": corpus, "values": weights_digest(model, signs_only=False)}
 
     def ensure_calibrated(self, model: PreTrainedModel, tokenizer: Any, *, progress: bool = True) -> Path | None:
         """Take the calibration that lies beside the model (see `save_pretrained`), else `calibrate` with the bundled corpus; nothing where this engine has one.

@@ -34,7 +34,9 @@ def test_second_call_loads_the_same_calibration(llama: PreTrainedModel, tokenize
 
 def test_what_decides_a_calibration_decides_its_name(llama: PreTrainedModel, tokenizer: TinyTokenizer, calibrations: Path) -> None:
     """Each of these is another calibration, none is taken for another."""
-    other = tiny_model("llama", seed=1)
+    other, scaled = tiny_model("llama", seed=1), tiny_model("llama")
+    with torch.no_grad():
+        scaled.model.layers[0].self_attn.k_proj.weight.mul_(2.0)  # every sign is as it was
     calls = [
         (llama, TEXTS, None, {}),
         (llama, TEXTS[:3], None, {}),
@@ -43,6 +45,7 @@ def test_what_decides_a_calibration_decides_its_name(llama: PreTrainedModel, tok
         (llama, TEXTS, None, {"quantizer": "uniform"}),
         (llama, TEXTS, None, {"cache_config": CacheConfig(window=200)}),
         (other, TEXTS, None, {}),
+        (scaled, TEXTS, None, {}),
     ]
     for count, (model, texts, samples, settings) in enumerate(calls, 1):
         assert SpectralQuantEngine(**settings).calibrate(model, tokenizer, texts, samples, progress=False)["loaded_from"] is None

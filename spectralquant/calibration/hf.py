@@ -83,15 +83,15 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     return _known[model]
 
 
-def weights_digest(model: nn.Module) -> str:
-    """A hash over the signs of up to 64 values of every parameter, see `fingerprint`."""
+def weights_digest(model: nn.Module, signs_only: bool = True) -> str:
+    """A hash over up to 64 values of every parameter, or over their signs, see `fingerprint`."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = _stored(model, name, parameter).detach().flatten()
         digest.update(f"{name.removeprefix('model.')}{tuple(parameter.shape)}".encode())
         if flat.is_floating_point() and flat.device.type != "meta":
             sample = flat[:: max(len(flat) // 64, 1)][:64]
-            digest.update((sample > 0).cpu().numpy().tobytes())
+            digest.update((sample > 0 if signs_only else sample.float()).cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

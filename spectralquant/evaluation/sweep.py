@@ -7,23 +7,17 @@ from typing import Any
 
 from spectralquant.errors import ConfigError
 from spectralquant.evaluation.methods import METHODS, Method, Subject
-from spectralquant.evaluation.methods.ours import method_for
+from spectralquant.evaluation.methods.ours import DIALS
 from spectralquant.evaluation.metrics import summarise_language
 from spectralquant.evaluation.plan import Plan
 from spectralquant.evaluation.runner import CONFIG, run
 
 Point = dict[str, Any]
-DIALS = tuple(  # bits per leading coordinate on average, and per coordinate of the tails of K and of V
-    method_for(f"dials-{avg}-{k}-{v}", f"avg {avg}, tails K {k} V {v}", total_bits=avg, noise_bits=k, value_noise_bits=v)
-    for avg, k, v in ((2, 0, 2), (2, 2, 2), (3, 0, 0), (3, 0, 2), (3, 2, 2), (4, 0, 0), (4, 2, 2))
-)
 
 
 def settings_for(presets: Sequence[str], dials: bool) -> tuple[Method, ...]:
-    """The methods of a sweep; known to the runner from then on."""
-    settings = (*(METHODS[name] for name in presets), *(DIALS if dials else ()))
-    METHODS.update((method.name, method) for method in settings)
-    return settings
+    """The methods of a sweep."""
+    return (*(METHODS[name] for name in presets), *(DIALS if dials else ()))
 
 
 def sweep(settings: Sequence[Method], plan: Plan, subject: Subject, command: str) -> list[Point]:

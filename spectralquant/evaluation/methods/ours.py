@@ -14,7 +14,7 @@ CALIBRATION = "calibration.safetensors"
 """In the folder of a run."""
 
 
-def method_for(name: str, label: str, **options: Any) -> Method:
+def method_for(name: str, label: str, family: str = "spectralquant", **options: Any) -> Method:
     """This package as a method, with the arguments `options` of `SpectralQuantEngine`.
 
     All such methods share the subject's calibration, which is made where it is missing: arguments of an engine change how a calibration is used.
@@ -23,7 +23,7 @@ def method_for(name: str, label: str, **options: Any) -> Method:
         ConfigError: An argument is out of its range.
     """
     SpectralQuantEngine(**options)  # refuses bad arguments now, not in the middle of a run
-    return Method(name, label, "spectralquant", False, lambda subject: _prepare(subject, options))
+    return Method(name, label, family, False, lambda subject: _prepare(subject, options))
 
 
 def _prepare(subject: Subject, options: dict[str, Any]) -> Prepared:
@@ -68,4 +68,8 @@ def exact_tokens(cache: Cache) -> int:
     return layer.segment.length - layer.segment.packed + min(layer.config.sinks, layer.segment.packed)
 
 
-METHODS = tuple(method_for(preset, f"spectralquant {preset}", compression=preset) for preset in PRESETS)
+DIALS = tuple(  # bits per leading coordinate on average, and per coordinate of the tails of K and of V
+    method_for(f"dials-{avg}-{k}-{v}", f"avg {avg}, tails K {k} V {v}", "spectralquant dials", total_bits=avg, noise_bits=k, value_noise_bits=v)
+    for avg, k, v in ((2, 0, 2), (2, 2, 2), (3, 0, 0), (3, 0, 2), (3, 2, 2), (4, 0, 0), (4, 2, 2))
+)
+METHODS = (*(method_for(preset, f"spectralquant {preset}", compression=preset) for preset in PRESETS), *DIALS)

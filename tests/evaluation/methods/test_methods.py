@@ -12,10 +12,9 @@ from spectralquant.errors import ConfigError
 from spectralquant.evaluation.methods import METHODS, Prepared, Subject, find_method
 from spectralquant.evaluation.metrics import token_divergence
 from spectralquant.evaluation.tasks.base import continue_with, hand_over, read_context
-from spectralquant.presets import PRESETS
 
 CONTEXT, SCORED = 300, 20
-PEERS = [name for name in METHODS if name not in PRESETS]
+PEERS = [name for name, method in METHODS.items() if not method.family.startswith("spectralquant")]
 BITS = {
     "fp16": 16.0,
     "fp8": 8.5,

@@ -54,19 +54,17 @@ def test_options_are_the_engine_s(subject: Subject, context: list[tuple[torch.Te
 
 
 def test_calibration_is_made_once_and_shared(subject: Subject, monkeypatch: pytest.MonkeyPatch, llama_calibration: Path) -> None:
-    made: list[Path] = []
+    made: list[bool] = []
 
-    def calibrate_to(self: SpectralQuantEngine, path: Path, *_: Any) -> Path:
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(llama_calibration.read_bytes())
-        made.append(path)
-        return path
+    def ensure_calibrated(self: SpectralQuantEngine, *_: Any) -> None:
+        self.load_calibration(llama_calibration)
+        made.append(self.calibration_cache)
 
-    monkeypatch.setattr(SpectralQuantEngine, "calibrate_to", calibrate_to)
-    fresh = replace(subject, calibration=None)
+    monkeypatch.setattr(SpectralQuantEngine, "ensure_calibrated", ensure_calibrated)
+    fresh = replace(subject, calibration=None, calibration_cache=False)
     method_for("a", "A", total_bits=2).prepare(fresh)
     method_for("b", "B", total_bits=3).prepare(fresh)
-    assert made == [subject.folder / "calibration.safetensors"]
+    assert made == [False] and (subject.folder / "calibration.safetensors").is_file()
 
 
 @pytest.mark.parametrize(("options", "text"), [({"total_bits": 9}, "avg_bits=9"), ({"noise_bits": 3}, "noise_bits=3"), ({"compression": "tiny"}, "no preset")])
