@@ -85,9 +85,11 @@ class SpectralQuant:
     def engine(self) -> SpectralQuantEngine:
         return self._engine
 
-    def calibrate(self, model: PreTrainedModel, tokenizer: Any, calibration_texts: list[str] | None = None, n_samples: int | None = None) -> dict[str, Any]:
+    def calibrate(
+        self, model: PreTrainedModel, tokenizer: Any, calibration_texts: list[str] | None = None, n_samples: int | None = None, *, progress: bool = True
+    ) -> dict[str, Any]:
         """See `SpectralQuantEngine.calibrate`."""
-        return self._engine.calibrate(model, tokenizer, calibration_texts, n_samples)
+        return self._engine.calibrate(model, tokenizer, calibration_texts, n_samples, progress=progress)
 
     def generate(
         self,

@@ -60,16 +60,17 @@ def _row(run: "Run") -> str:
 
 def _summarise(out: Any, runs: list["Run"], presets: list[str], seconds: float) -> None:
     rows: list[tuple[str, ...]] = []
+    scored = {run.prompt: run.new_tokens for run in runs if run.method not in presets}  # errors are along what FP16 said
     for name in dict.fromkeys(run.method for run in runs):
         mine = [r for r in runs if r.method == name]
         held, dense, codec, tokens = (sum(getattr(r, part) for r in mine) for part in ("cache_bytes", "fp16_bytes", "codec_bytes", "new_tokens"))
-        kl, agreement = (sum(getattr(r, part) * r.new_tokens for r in mine) / tokens for part in ("kl", "agreement"))
+        kl, agreement = (sum(getattr(r, part) * scored[r.prompt] for r in mine) / sum(scored.values()) for part in ("kl", "agreement"))
         rate = tokens / sum(r.new_tokens / r.tokens_per_second for r in mine)
         promise = f"{PRESETS[name].ratio:.2f}x" if name in presets else ""
         sizes = (f"{held / 1e6:.2f} MB", f"{dense / held:.2f}x", f"{dense / (held + codec):.2f}x")
         rows.append((name, promise, *sizes, f"{kl:.4f}", f"{agreement:.1%}", f"{rate:.1f}"))
     caption = (
-        "promise: the packed history alone. ratio: the whole cache as allocated, exact sinks and recent window (128 to 255 tokens, 16-bit)\n"
+        "promise: the packed history alone. ratio: the whole cache as allocated, exact sinks and recent window (128 to 255 tokens, 16-bit) "
         f"included: it grows towards the promise with the context. {seconds:.0f} s in all."
     )
     out.table("Summary", ("", "promise", "cache", "ratio", "with codec", "KL", "same token", "tok/s"), rows, caption)
