@@ -11,10 +11,10 @@ a model is checked by `Profile.require_model`.
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -175,13 +175,15 @@ class Profile:
             "interleaved": json.dumps({i: p.rotary.interleaved for i, p in self.layers.items() if p.rotary}),
         }
         header["checksum"] = _checksum(tensors, header)
-        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
+        aside = target.with_name(f".{target.name}.{uuid4().hex}")
         try:
+            aside.touch()
+            mode = aside.stat().st_mode  # what the umask gives: safetensors makes files that nobody else may read, and folders of calibrations are shared
             save_file(tensors, aside, metadata=header)
-            Path(aside).replace(target)
+            aside.chmod(mode)
+            aside.replace(target)
         except BaseException:
-            Path(aside).unlink(missing_ok=True)
+            aside.unlink(missing_ok=True)
             raise
         return target
 

@@ -90,6 +90,12 @@ def test_save_adds_the_suffix_and_folders(tmp_path: Path, name: str) -> None:
     assert load_profile(str(path)).model == make().model
 
 
+def test_save_lets_others_read_what_any_file_does(tmp_path: Path) -> None:
+    """Folders of calibrations are shared: files as safetensors makes them are their owner's alone."""
+    (tmp_path / "ordinary").write_text("")
+    assert make().save(tmp_path / "p").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
 def test_save_is_deterministic(tmp_path: Path) -> None:
     """Equal profiles hold the same tensors and checksum; header order is the library's affair."""
     paths = [make().save(tmp_path / name) for name in "ab"]
