@@ -99,6 +99,13 @@ class SpectralQuantEngine:
         self._last_stats: dict[str, Any] = {}
         self._forward_costs: dict[str, ForwardCost] = {}
 
+    @classmethod
+    def of(cls, profile: Profile, **settings: Any) -> "SpectralQuantEngine":
+        """An engine that holds `profile` from the beginning: one calibration serves every preset. `settings` as of the constructor."""
+        made = cls(**settings)
+        made.add_calibration(profile)
+        return made
+
     # Calibration ----------------------------------------------------------------------------------------------------
 
     def calibrate(

@@ -54,7 +54,6 @@ def evaluate(
     from spectralquant.evaluation.report import write_report
     from spectralquant.evaluation.runner import run
     from spectralquant.evaluation.tasks import find_task
-    from spectralquant.pretrained import calibration_file
 
     say, methods = Output(as_json), tuple(method or DEFAULT_METHODS)
     if "list" in methods:
@@ -74,9 +73,8 @@ def evaluate(
     if text:
         settings["texts"] = dict(named_text(pair) for pair in text)
     Plan(model="", methods=methods, **settings)  # bad settings are refused before a model is loaded
-    require_calibration(calibration)
+    file = require_calibration(calibration)
     loaded, tokenizer, label = load_model(model, dtype)
-    file = None if calibration is None else calibration_file(calibration)
     run(Plan(model=label, methods=methods, **settings), Subject(loaded, tokenizer, out, file, not no_cache), command_line())
     report = write_report(out)
     report.print(say.console)

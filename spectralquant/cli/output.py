@@ -5,11 +5,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from spectralquant.files import plain
+from spectralquant.terminal import make_table
 
 PIPED_WIDTH = 200
 """Characters of a line that goes to a file or a pipe: there is no window to fit."""
@@ -28,13 +27,8 @@ class Output:
         self.console.print(text, style=style, soft_wrap=True)
 
     def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", words: Sequence[str] = ()) -> None:
-        """Figures to the right; the first column, and those named in `words`, to the left."""
-        shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
-        for i, name in enumerate(header):
-            shown.add_column(name, justify="right" if i and name not in words else "left", no_wrap=not i)
-        for row in rows:
-            shown.add_row(*row)
-        self.console.print(shown)
+        """As `terminal.make_table`."""
+        self.console.print(make_table(title, header, rows, caption, words))
 
     def document(self, content: Any) -> None:
         """The figures, when --json asks for them."""

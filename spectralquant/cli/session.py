@@ -29,9 +29,7 @@ class Session:
 
     def engine(self, preset: str) -> SpectralQuantEngine:
         """An engine at `preset` that holds the calibration."""
-        made = SpectralQuantEngine(compression=preset)
-        made.add_calibration(self.profile)
-        return made
+        return SpectralQuantEngine.of(self.profile, compression=preset)
 
 
 def open_session(name: str, calibration: Path | None, no_cache: bool, out: Output, dtype: str | None = None) -> Session:
@@ -53,10 +51,16 @@ def open_session(name: str, calibration: Path | None, no_cache: bool, out: Outpu
     return Session(model, tokenizer, label, engine.profile_of(model))
 
 
-def require_calibration(calibration: Path | None) -> None:
-    """Raise ConfigError unless `calibration` is None or there: asked before a model is loaded."""
-    if calibration is not None and not calibration_file(calibration).is_file():
+def require_calibration(calibration: Path | None) -> Path | None:
+    """The file that --calibration names, None for none; asked before a model is loaded.
+
+    Raises:
+        ConfigError: There is no such file.
+    """
+    file = None if calibration is None else calibration_file(calibration)
+    if file is not None and not file.is_file():
         raise ConfigError(f"--calibration {calibration}: there is no such file; make one with: spectralquant calibrate MODEL --out {calibration}")
+    return file
 
 
 def require_presets(names: list[str] | None) -> list[str]:

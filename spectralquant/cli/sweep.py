@@ -41,7 +41,6 @@ def sweep(
     from spectralquant.evaluation.methods import Subject
     from spectralquant.evaluation.plan import DEFAULT_TEXTS, Plan
     from spectralquant.evaluation.plots.style import require_matplotlib
-    from spectralquant.pretrained import calibration_file
 
     if target_kl is not None and not target_kl > 0:
         raise ConfigError(f"--target-kl {target_kl}: expected a positive number of nats per token")
@@ -49,9 +48,8 @@ def sweep(
         require_matplotlib()
     settings, texts = sweeping.settings_for(require_presets(preset), dials), dict(map(named_text, text)) if text else DEFAULT_TEXTS
     plan = Plan("", tuple(method.name for method in settings), texts=dict(texts), contexts=(context,), windows=windows)
-    require_calibration(calibration)
+    file = require_calibration(calibration)
     loaded, tokenizer, label = load_model(model, dtype)
-    file = None if calibration is None else calibration_file(calibration)
     with tempfile.TemporaryDirectory() as scratch:
         subject = Subject(loaded, tokenizer, out or Path(scratch), file, not no_cache)
         points = sweeping.sweep(settings, replace(plan, model=label), subject, command_line())

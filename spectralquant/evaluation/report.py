@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from spectralquant.errors import ConfigError
 from spectralquant.evaluation.methods import Method, find_method
@@ -21,6 +19,7 @@ from spectralquant.evaluation.plots import write_plots
 from spectralquant.evaluation.runner import CONFIG, read_rows
 from spectralquant.evaluation.tasks.problems import per_problem
 from spectralquant.files import plain, write_json, write_text
+from spectralquant.terminal import make_table
 
 REPORT_JSON, REPORT_MARKDOWN = "report.json", "report.md"
 NEEDLE_COLUMNS = ("length", "depth", "kind")
@@ -76,13 +75,7 @@ class RunReport:
         for line in _left_out(self.config):
             console.print(line, style="yellow", soft_wrap=True)
         for table in tables_of(self):
-            shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, caption="\n".join(table.notes))
-            shown.caption_justify = "left"
-            for i, name in enumerate(table.header):
-                shown.add_column(name, justify="right" if i else "left", no_wrap=not i)
-            for row in table.rows:
-                shown.add_row(*row)
-            console.print(shown)
+            console.print(make_table(table.title, table.header, table.rows, "\n".join(table.notes)))
 
 
 @dataclass(frozen=True, slots=True)

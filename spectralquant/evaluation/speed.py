@@ -99,7 +99,7 @@ def bench(
     device = model_device(model)
     warm_up = WARM_UP.get(device.type, _WARM_UP)
     _require_positions(plan, model, warm_up)
-    engines = {name: _engine(name, profile) for name in plan.presets}
+    engines = {name: SpectralQuantEngine.of(profile, compression=name) for name in plan.presets}
     ids = _prompt(plan, tokenizer).to(device)
     if folder is not None and not (folder / CALIBRATION).exists():
         profile.save(folder / CALIBRATION)
@@ -125,12 +125,6 @@ def bench(
             if folder is not None:
                 write_json(folder / BENCH, document)
     return document
-
-
-def _engine(preset: str, profile: Profile) -> SpectralQuantEngine:
-    engine = SpectralQuantEngine(compression=preset)
-    engine.add_calibration(profile)
-    return engine
 
 
 def _require_positions(plan: SpeedPlan, model: PreTrainedModel, warm_up: int) -> None:

@@ -1,6 +1,8 @@
 """What the page says, part by part: text, pictures and tables from a run's parts. How it looks is in the template."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from spectralquant.evaluation.page.run import Row, Run, listed
 from spectralquant.evaluation.page.svg import inline_svg
@@ -47,18 +49,26 @@ def _quality(run: Run) -> Section:
     title = "Error against size"
     if run.report is None or not run.report.language:
         return Section("quality", title, missing=("The error was not measured.", run.command("evaluate")))
-    pictures = []
-    for context in _contexts(run.report):
-        figure = draw_kl_against_bits_at(run.report, context)
-        if figure is not None:
-            told = f"Mean KL over the bits per element of every method at {context:,} tokens of context, both axes logarithmic."
-            pictures.append(Picture(inline_svg(figure, f"quality-{context}", f"KL against bits, {context:,} tokens", told), _compared(run, context)))
+    told = "Mean KL over the bits per element of every method at {} tokens of context, both axes logarithmic."
+    pictures = _by_context(run.report, "quality", "KL against bits", draw_kl_against_bits_at, told, lambda context: _compared(run, context))
     text = (
         "Down and to the left is better: fewer bits, less error. KL is the divergence of the model's next-token distribution from that of the uncompressed "
         "model, in nats per token, mean over the texts; bits count all that is stored of the coded history: codes, scales, and tokens that stay exact. Bars "
         "are standard errors over windows; hollow marks are methods whose codes are simulated and whose size is counted. 16-bit caches are in the tables only.",
     )
-    return Section("quality", title, text, tuple(pictures), legend=True)
+    return Section("quality", title, text, pictures, legend=True)
+
+
+def _by_context(
+    report: RunReport, anchor: str, title: str, draw: Callable[[RunReport, int], Any], told: str, caption: Callable[[int], str]
+) -> tuple[Picture, ...]:
+    """A picture for every context that has something to draw. `told`, with the context in the place of {}, says to who can't see it what it shows."""
+    figures = ((context, draw(report, context)) for context in _contexts(report))
+    return tuple(
+        Picture(inline_svg(figure, f"{anchor}-{context}", f"{title}, {context:,} tokens", told.format(f"{context:,}")), caption(context))
+        for context, figure in figures
+        if figure is not None
+    )
 
 
 def _compared(run: Run, context: int) -> str:
@@ -86,18 +96,13 @@ def _positions(run: Run) -> Section:
     title = "Error by token position"
     if run.report is None or not run.report.language:
         return Section("positions", title, missing=("The error was not measured.", run.command("evaluate")))
-    pictures = []
-    for context in _contexts(run.report):
-        figure = draw_kl_by_position(run.report, context)
-        if figure is not None:
-            told = f"Mean KL over the position of the scored token behind {context:,} tokens of context, a line per method, logarithmic."
-            caption = f"Behind {context:,} tokens of context."
-            pictures.append(Picture(inline_svg(figure, f"positions-{context}", f"KL by position, {context:,} tokens", told), caption))
+    told = "Mean KL over the position of the scored token behind {} tokens of context, a line per method, logarithmic."
+    pictures = _by_context(run.report, "positions", "KL by position", draw_kl_by_position, told, lambda context: f"Behind {context:,} tokens of context.")
     text = (
         "A flat line means that errors do not pile up as the text goes on. Each point is the mean KL of a piece of neighbouring tokens over all windows and "
         "texts; what all lines share is the text itself, which is easier to predict in some places. Of the other families the method nearest in size is drawn.",
     )
-    return Section("positions", title, text, tuple(pictures))
+    return Section("positions", title, text, pictures)
 
 
 def _tables(run: Run) -> Section:
