@@ -78,7 +78,7 @@ class RecordLayout:
 
 
 @cache
-def _byte_order(which: str, planes: int, device: torch.device) -> Tensor:
+def byte_order(which: str, planes: int, device: torch.device) -> Tensor:
     """[32 * planes] int64: where the byte of (group, plane), group-major, lies in the packed codes of a unit."""
     group, plane = torch.meshgrid(torch.arange(GROUPS), torch.arange(planes), indexing="ij")
     jhi, low, in_chunk = group // 16, group % 16, plane % CHUNK_PLANES
@@ -94,7 +94,7 @@ def pack_planes(planes: Tensor, which: str) -> Tensor:
     count = planes.shape[-1]
     a, b, c, d = planes.unflatten(-2, (2, PAIRS, 16)).unbind(-3)  # jhi jlo low
     merged = (a | (b << 2) | (c << 4) | (d << 6)).flatten(-3)
-    order = _byte_order(which, count, planes.device)
+    order = byte_order(which, count, planes.device)
     return torch.empty_like(merged).scatter_(-1, order.expand_as(merged), merged)
 
 
@@ -104,7 +104,7 @@ def unpack_pairs(packed: Tensor, which: str) -> Tensor:
     The order in which bytes come apart without a transpose; `pairs_to_tokens` gives token order.
     """
     count = packed.shape[-1] // CHUNK_BYTES * CHUNK_PLANES
-    order = _byte_order(which, count, packed.device)
+    order = byte_order(which, count, packed.device)
     by_group = packed.gather(-1, order.expand(*packed.shape[:-1], -1)).unflatten(-1, (GROUPS, count))
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.int32, device=packed.device).view(PAIRS, *[1] * by_group.dim())
     return ((by_group.view(torch.int32)[None] >> shifts) & 0x03030303).view(torch.uint8)

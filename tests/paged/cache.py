@@ -1,0 +1,74 @@
+"""A paged cache of one layer with a block allocator as servers have one, for tests."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from spectralquant.codec.codec import LayerCodec
+from spectralquant.codec.layout import UNIT
+from spectralquant.paged.layer import PagedLayer, Scoring
+from spectralquant.paged.recent import RecentPages, Step
+
+EXACT, SINKS = 4, 1
+
+
+@dataclass
+class Sequence:
+    """Tokens so far, and where they stand."""
+
+    keys: Tensor  # [H, T, D]
+    values: Tensor
+    pages: list[int] = field(default_factory=list)
+    length: int = 0
+
+
+class PagedCache:
+    """One layer, its pages, and who has them. Memory is as a server leaves it: full of anything."""
+
+    def __init__(self, codec: LayerCodec, pages: int = 64, copies: int = 24, dtype: torch.dtype = torch.float32, scoring: Scoring | None = None) -> None:
+        self.layer = PagedLayer(codec, dtype, EXACT, SINKS, copies)
+        make = torch.Generator().manual_seed(5)
+        device = codec.value_norm.device
+        self.pages = torch.randint(0, 256, (pages, self.layer.layout.page_bytes), dtype=torch.uint8, generator=make).to(device)
+        self.recent = RecentPages(copies, pages, device)
+        self.free = list(range(pages - 1, 0, -1))  # page 0 is nobody's
+        self.scoring = scoring or Scoring()
+
+    def step(self, work: list[tuple[Sequence, int]], groups: int = 2, padding: int = 3) -> list[Tensor]:
+        """Take so many next tokens of every sequence. Returns attention [H G, Q, D] of a random query for each."""
+        step, keys, values = self.plan(work, padding)
+        make = torch.Generator().manual_seed(sum(s.length for s, _ in work))
+        query = torch.randn(len(keys), keys.shape[1] * groups, keys.shape[2], generator=make).to(keys)
+        out = torch.full_like(query, torch.nan)
+        self.layer.store(self.pages, keys, values, step)
+        self.layer.attend(query, keys, values, self.pages, step, self.scoring, out)
+        result, first = [], 0
+        for sequence, count in work:
+            sequence.length += count
+            result.append((query[first : first + count].transpose(0, 1), out[first : first + count].transpose(0, 1)))
+            first += count
+        return result
+
+    def plan(self, work: list[tuple[Sequence, int]], padding: int) -> tuple[Step, Tensor, Tensor]:
+        slots, keys, values, starts = [], [], [], [0]
+        for sequence, count in work:
+            first, last = sequence.length, sequence.length + count
+            while len(sequence.pages) * UNIT < last:
+                sequence.pages.append(self.free.pop())
+            slots += [sequence.pages[t // UNIT] * UNIT + t % UNIT for t in range(first, last)]
+            keys.append(sequence.keys[:, first:last].transpose(0, 1))
+            values.append(sequence.values[:, first:last].transpose(0, 1))
+            starts.append(starts[-1] + count)
+        nothing = keys[0].new_full((padding, *keys[0].shape[1:]), torch.nan)
+        device, width = self.pages.device, max(len(s.pages) for s, _ in work)
+        table = torch.tensor([s.pages + [0] * (width - len(s.pages)) for s, _ in work], dtype=torch.int32)
+        before = torch.tensor([s.length for s, _ in work], dtype=torch.int32)
+        after = torch.tensor([s.length + count for s, count in work], dtype=torch.int32)
+        parts = table, before, after, torch.tensor(starts, dtype=torch.int32), torch.tensor(slots + [-1] * padding)
+        return self.recent.advance(*(t.to(device) for t in parts)), torch.cat([*keys, nothing]), torch.cat([*values, nothing])
+
+    def drop(self, sequence: Sequence) -> None:
+        """Its request is over."""
+        self.free += sequence.pages
+        sequence.pages, sequence.length = [], 0
