@@ -11,7 +11,7 @@ a model is checked by `Profile.require_model`.
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -76,6 +76,12 @@ class LayerProfile:
     @property
     def head_dim(self) -> int:
         return self.key.mean.shape[1]
+
+    def of_heads(self, heads: slice) -> "LayerProfile":
+        """The profile of some of its KV heads."""
+        key, value = (SideProfile(side.mean[heads], side.basis[heads], side.variance[heads]) for side in (self.key, self.value))
+        mass = None if self.missing_mass is None else self.missing_mass[heads]
+        return replace(self, key=key, value=value, value_norm=self.value_norm[heads], missing_mass=mass)
 
 
 GAINS = ("ls", "unbiased", "search", "wide")

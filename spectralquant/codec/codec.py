@@ -299,6 +299,7 @@ def build_codec(
     device: torch.device | str = "cpu",
     quantizer: str = "uniform",
     progress: Callable[[float], None] = lambda share: None,
+    heads: slice = slice(None),
 ) -> dict[int, LayerCodec]:
     """Codecs of all coded layers, by layer index, all with the same record layout.
 
@@ -308,6 +309,7 @@ def build_codec(
         device: Where the constants go.
         quantizer: See `codec.quantizer.QUANTIZERS`.
         progress: Called with the share of the codebooks trained so far.
+        heads: KV heads to make codecs for, where a process holds some of a model's. Sizes and codes are the same as with all of them.
     """
     layout = RecordLayout(*plane_counts(profile, preset, dials))
     frames: dict[tuple[tuple[float, ...], bool], AnchoredFrame] = {}
@@ -318,8 +320,8 @@ def build_codec(
         books = value_codebooks(profile, layout.value_planes, device, progress)
     scalar = scalar_of(quantizer)
     out: dict[int, LayerCodec] = {}
-    for index, layer in profile.layers.items():
-        frame = None
+    for index, whole in profile.layers.items():
+        frame, layer, book = None, whole.of_heads(heads), books.get(index)
         if layer.rotary is not None and choices.run:
             same = (tuple(layer.rotary.inv_freq.tolist()), layer.rotary.interleaved)
             frame = frames.setdefault(same, _build_frame(layer, choices.run, choices.trajectory, device))
@@ -328,7 +330,7 @@ def build_codec(
         expected = _expected_error(layer.key, key_bits, scalar)
         out[index] = LayerCodec(
             _build_side(layer.key, key_bits, choices.key_gain, scalar, None, device),
-            _build_side(layer.value, value_bits, choices.value_gain, scalar, books.get(index), device),
+            _build_side(layer.value, value_bits, choices.value_gain, scalar, None if book is None else book[heads], device),
             expected,
             layout,
             frame,

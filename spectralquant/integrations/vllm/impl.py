@@ -1,0 +1,106 @@
+"""Attention of one layer in vLLM: `PagedLayer` behind vLLM's interface."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionImpl
+
+from spectralquant.errors import UnsupportedModelError
+from spectralquant.integrations.vllm.metadata import PagedMetadata
+from spectralquant.integrations.vllm.setup import Setup, setup_of
+from spectralquant.paged.layer import PagedLayer, Scoring
+
+
+class PagedAttention(AttentionImpl[PagedMetadata]):
+    """A layer that reads and writes packed pages. Arguments as vLLM's.
+
+    Raises:
+        UnsupportedModelError: The layer does what codes can't; the text names it.
+        CalibrationError, ProfileError: See `setup_of`.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+        **others: Any,
+    ) -> None:
+        if alibi_slopes is not None:
+            raise UnsupportedModelError("the model adds ALiBi slopes to its logits, which attention on codes doesn't know; serve it without spectralquant")
+        if kv_sharing_target_layer_name is not None:
+            raise UnsupportedModelError(f"a layer reads the cache of {kv_sharing_target_layer_name}, which has no new keys of its own; serve the model without spectralquant")
+        if others:
+            raise UnsupportedModelError(f"the model asks its attention for {', '.join(sorted(others))}, which packed pages don't have; serve it without spectralquant")
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.scoring = Scoring(scale, logits_soft_cap or None, sinks)
+        self.setup: Setup = setup_of(get_current_vllm_config())
+        self.layer: PagedLayer | None = None
+
+    def prepare(self, layer_name: str, dtype: torch.dtype) -> None:
+        """Take memory for the exact copies, before vLLM looks how much is left for pages."""
+        index = extract_layer_index(layer_name)
+        if index not in self.setup.codecs:
+            raise UnsupportedModelError(f"calibration {self.setup.file} has nothing for layer {index} ({layer_name}); calibrate this model again")
+        options = self.setup.options
+        self.layer = PagedLayer(self.setup.codecs[index], dtype, options.exact_per_page, options.sinks, self.setup.copies)
+
+    def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+        """Write new keys and values [N, H, D]."""
+        metadata = _metadata_of(layer)
+        if metadata is not None:
+            self._paged.store(_pages(kv_cache), key[: metadata.tokens], value[: metadata.tokens], metadata.step)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: PagedMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of queries [N, H G, D] into `output`; see vLLM's `AttentionImpl.forward`."""
+        if output_scale is not None or output_block_scale is not None:
+            raise UnsupportedModelError("vLLM asks for quantized attention output, which packed pages don't give; leave output quantization out")
+        if attn_metadata is None:  # memory is being measured
+            return output.fill_(0)
+        n = attn_metadata.tokens
+        self._paged.attend(query[:n], key[:n], value[:n], _pages(kv_cache), attn_metadata.step, self.scoring, output[:n].view(n, self.num_heads, self.head_size))
+        return output
+
+    @property
+    def _paged(self) -> PagedLayer:
+        if self.layer is None:
+            raise RuntimeError("vLLM runs a layer whose page size it never asked for")
+        return self.layer
+
+
+def _metadata_of(layer: Any) -> PagedMetadata | None:
+    """Of this layer in the step that runs."""
+    metadata = get_forward_context().attn_metadata
+    if isinstance(metadata, list):  # micro-batches
+        metadata = metadata[0]
+    return metadata[layer.layer_name] if isinstance(metadata, dict) else metadata
+
+
+def _pages(kv_cache: Tensor) -> Tensor:
+    """[pages, page_bytes] of the view [pages, 1, 128, bytes per token] that vLLM has."""
+    return kv_cache.view(torch.uint8).view(kv_cache.shape[0], -1)

@@ -1,0 +1,46 @@
+"""What vLLM says of a batch, once per step and group of layers, as `paged.recent.Step`."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
+
+from spectralquant.integrations.vllm.setup import setup_of
+from spectralquant.paged.recent import RecentPages, Step
+
+
+@dataclass
+class PagedMetadata(AttentionMetadata):
+    """Of a batch.
+
+    Attributes:
+        tokens: New tokens; tensors may have more rows.
+        step: See `Step`.
+    """
+
+    tokens: int
+    step: Step
+
+
+class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
+    """Keeps account of the exact copies of its group of layers, which have their pages in common."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._recent: RecentPages | None = None
+
+    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> PagedMetadata:
+        batch = common_attn_metadata
+        if self._recent is None:  # pages are there once memory was measured, after the first builder
+            layer = self.vllm_config.compilation_config.static_forward_context[self.layer_names[0]]
+            self._recent = RecentPages(setup_of(self.vllm_config).copies, layer.kv_cache.shape[0], self.device)
+        step = self._recent.advance(
+            batch.block_table_tensor[: batch.num_reqs],
+            batch.compute_num_computed_tokens()[: batch.num_reqs],
+            batch.seq_lens[: batch.num_reqs],
+            batch.query_start_loc[: batch.num_reqs + 1],
+            batch.slot_mapping[: batch.num_actual_tokens],
+        )
+        return PagedMetadata(batch.num_actual_tokens, step)
