@@ -195,6 +195,7 @@ MEANINGS = {
     "sizing": "what fits where",
     "engine": "SpectralQuantEngine",
     "application": "makes a model read codes",
+    "model_folder": "a model's calibration, without its weights",
     "calibration_cache": "measured once per machine",
     "pretrained": "a folder with a card",
     "spectra": "spectra in figures",

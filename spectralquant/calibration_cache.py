@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from spectralquant.corpus import Samples
 from spectralquant.errors import ProfileError
 from spectralquant.home import home_folder
-from spectralquant.profile import FORMAT_VERSION, Profile, load_profile
+from spectralquant.profile import FORMAT_VERSION, Profile, differences, load_profile, read_fingerprint
 from spectralquant.version import __version__
 
 _log = logging.getLogger("spectralquant")
@@ -60,6 +60,30 @@ def remembered(digest: str, measure: Callable[[], Profile]) -> tuple[Profile, Pa
         if writable:
             _write(path, profile)
     return profile, None
+
+
+def find_kept(fingerprint: Mapping[str, Any]) -> tuple[Path, Profile] | None:
+    """The newest kept calibration of the model with this fingerprint, whatever its texts and settings, or None.
+
+    Only headers are read to find it. A file that can't be read is passed over, with a warning.
+    """
+    folder = calibrations_folder()
+    for path in [] if folder is None else _newest_first(folder):
+        try:
+            kept = read_fingerprint(path)
+            if kept and not differences(kept, dict(fingerprint)):
+                return path, load_profile(path)
+        except ProfileError as error:
+            _log.warning("a kept calibration is passed over: %s", error)
+    return None
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
+    except OSError as error:  # the folder may be deleted at any time
+        _log.warning("kept calibrations in %s can't be listed (%s)", folder, error.strerror)
+        return []
 
 
 def _read(path: Path) -> Profile | None:

@@ -45,8 +45,13 @@ def calibration_file(path: Path) -> Path:
 def find_beside(model: Any, fingerprint: dict[str, Any]) -> tuple[Path, Profile] | None:
     """The calibration in the folder that `model` was loaded from, or None. One that was made for another model is not used, with a warning."""
     origin = str(getattr(model.config, "_name_or_path", "") or "")
-    file = Path(origin) / BESIDE / FILE
-    if not origin or not file.is_file():
+    return find_in(Path(origin), fingerprint) if origin else None
+
+
+def find_in(folder: Path, fingerprint: dict[str, Any]) -> tuple[Path, Profile] | None:
+    """`find_beside` for the folder of a model with this fingerprint."""
+    file = folder / BESIDE / FILE
+    if not file.is_file():
         return None
     try:
         profile = load_profile(file)

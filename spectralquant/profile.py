@@ -11,6 +11,8 @@ a model is checked by `Profile.require_model`.
 import hashlib
 import json
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -151,12 +153,13 @@ class Profile:
         return sum(layer.exact_share for layer in self.layers.values()) / max(len(self.layers), 1)
 
     def require_model(self, fingerprint: dict[str, Any]) -> None:
-        """Raise ProfileError unless the profile was made for the model with this fingerprint, or names no model at all (see `original_format`)."""
-        if not self.model:
-            return
-        wrong = [k for k in self.model.keys() | fingerprint.keys() if self.model.get(k) != fingerprint.get(k)]
+        """Raise ProfileError unless the profile was made for the model with this fingerprint, or names no model at all (see `original_format`).
+
+        A fingerprint that says `"weights": None` is of a model whose weights can't be compared (see `model_folder`): all else has to agree.
+        """
+        wrong = differences(self.model, fingerprint) if self.model else []
         if wrong:
-            detail = "; ".join(f"{k}: file has {self.model.get(k)!r}, model has {fingerprint.get(k)!r}" for k in sorted(wrong))
+            detail = "; ".join(f"{k}: file has {self.model.get(k)!r}, model has {fingerprint.get(k)!r}" for k in wrong)
             raise ProfileError(f"this calibration was made for another model ({detail}); calibrate this model instead")
 
     def require_encoder(self) -> None:
@@ -194,6 +197,12 @@ class Profile:
         return target
 
 
+def differences(kept: dict[str, Any], fingerprint: dict[str, Any]) -> list[str]:
+    """The entries by which the fingerprint in a file and that of a model differ, see `Profile.require_model`."""
+    unknown = {"weights"} if fingerprint.get("weights", "") is None else set[str]()
+    return sorted(k for k in (kept.keys() | fingerprint.keys()) - unknown if kept.get(k) != fingerprint.get(k))
+
+
 def with_suffix(path: str | os.PathLike[str]) -> Path:
     """`path` with `.safetensors` appended unless it is there."""
     target = Path(path)
@@ -207,18 +216,8 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
         ProfileError: The file is missing, not ours, truncated, of another version, or damaged; the text says which.
     """
     target = with_suffix(path)
-    if not target.is_file():
-        raise ProfileError(f"calibration file {target} does not exist; save_calibration() writes one")
-    try:
-        file: Any = safe_open(target, framework="pt")
-        with file as f:
-            header: dict[str, str] = f.metadata() or {}
-            _require_header(target, header)
-            tensors: dict[str, Tensor] = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dictionary)
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, ProfileError):
-            raise
-        raise ProfileError(f"{target} is not a readable calibration file ({error}); it is truncated or damaged") from error
+    with _opened(target) as (file, header):
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
     if header.get("checksum") != _checksum(tensors, header):
         raise ProfileError(f"{target} is damaged: its checksum does not match its content; calibrate again or restore it")
     bad = [name for name, t in tensors.items() if not t.isfinite().all()]
@@ -230,6 +229,33 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
         raise
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise ProfileError(f"{target} is incomplete: {error}") from error
+
+
+def read_fingerprint(path: Path) -> dict[str, Any]:
+    """The fingerprint of the model that a calibration file was made for. Only the header is read, and no checksum compared.
+
+    Raises:
+        ProfileError: As `load_profile`, as far as the header tells.
+    """
+    with _opened(path) as (_, header):
+        return json.loads(header.get("model", "{}"))
+
+
+@contextmanager
+def _opened(target: Path) -> Generator[tuple[Any, dict[str, str]]]:
+    """The file, and its header if this release reads such files; what can't be read inside is a ProfileError."""
+    if not target.is_file():
+        raise ProfileError(f"calibration file {target} does not exist; save_calibration() writes one")
+    try:
+        opened: Any = safe_open(target, framework="pt")
+        with opened as file:
+            header: dict[str, str] = file.metadata() or {}
+            _require_header(target, header)
+            yield file, header
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, ProfileError):
+            raise
+        raise ProfileError(f"{target} is not a readable calibration file ({error}); it is truncated or damaged") from error
 
 
 def _require_header(target: Path, header: dict[str, str]) -> None:

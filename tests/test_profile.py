@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from spectralquant.errors import ProfileError
-from spectralquant.profile import LayerProfile, Profile, SideProfile, load_profile
+from spectralquant.profile import LayerProfile, Profile, SideProfile, load_profile, read_fingerprint
 from spectralquant.rope import Rotary
 
 
@@ -274,6 +274,28 @@ def test_require_model_rejects_another_model(saved: Path, change: dict[str, Any]
     name = next(iter(change))
     with pytest.raises(ProfileError, match=f"another model \\({name}: file has [^;]*; calibrate"):
         profile.require_model({**profile.model, **change})
+
+
+def test_read_fingerprint_is_that_of_the_profile(saved: Path) -> None:
+    assert read_fingerprint(saved) == load_profile(saved).model
+
+
+def test_read_fingerprint_rejects_what_load_profile_does(saved: Path, tmp_path: Path) -> None:
+    rewrite(saved, {"version": "1"})
+    with pytest.raises(ProfileError, match="format version 1"):
+        read_fingerprint(saved)
+    with pytest.raises(ProfileError, match="does not exist"):
+        read_fingerprint(tmp_path / "nothing.safetensors")
+    saved.write_bytes(b"short")
+    with pytest.raises(ProfileError, match="truncated or damaged"):
+        read_fingerprint(saved)
+
+
+def test_require_model_compares_no_weights_that_are_not_known(saved: Path) -> None:
+    profile = load_profile(saved)
+    profile.require_model({**profile.model, "weights": None})
+    with pytest.raises(ProfileError, match="another model \\(layers: "):
+        profile.require_model({**profile.model, "weights": None, "layers": 3})
 
 
 def test_require_model_rejects_a_model_with_less_in_its_fingerprint(saved: Path) -> None:

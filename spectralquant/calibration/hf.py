@@ -8,7 +8,7 @@ import hashlib
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
@@ -72,27 +72,41 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     shares its calibration, while a fine-tune turns some of these thousands and does not.
     """
     model = unwrapped(model)
+    _known[model] = {**architecture(model), "weights": weights_digest(model)}
+    return _known[model]
+
+
+def architecture(model: PreTrainedModel) -> dict[str, Any]:
+    """What of a `fingerprint` shows without weights."""
     text = model.config.get_text_config(decoder=True)
-    _known[model] = {
+    return {
         "architecture": type(model).__name__,
         "layers": getattr(text, "num_hidden_layers", None),
         "hidden_size": getattr(text, "hidden_size", None),
         "query_heads": getattr(text, "num_attention_heads", None),
-        "weights": weights_digest(model),
     }
-    return _known[model]
 
 
 def weights_digest(model: nn.Module, signs_only: bool = True) -> str:
     """A hash over up to 64 values of every parameter, or over their signs, see `fingerprint`."""
+    return values_digest(((name, parameter.shape, _stored(model, name, parameter)) for name, parameter in sorted(model.named_parameters())), signs_only)
+
+
+def values_digest(parameters: Iterable[tuple[str, torch.Size, Tensor]], signs_only: bool = True) -> str:
+    """What `weights_digest` gives for a model with these parameters: name, shape and values, in the order of their names. They are read one after another."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = _stored(model, name, parameter).detach().flatten()
-        digest.update(f"{name.removeprefix('model.')}{tuple(parameter.shape)}".encode())
-        if flat.is_floating_point() and flat.device.type != "meta":
-            sample = flat[:: max(len(flat) // 64, 1)][:64]
+    for name, shape, values in parameters:
+        digest.update(f"{name.removeprefix('model.')}{tuple(shape)}".encode())
+        if values.is_floating_point() and values.device.type != "meta":
+            sample = sampled(values.detach())
             digest.update((sample > 0 if signs_only else sample.float()).cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def sampled(values: Tensor) -> Tensor:
+    """Up to 64 values, evenly spread."""
+    flat = values.flatten()
+    return flat[:: max(len(flat) // 64, 1)][:64]
 
 
 def known_fingerprint(model: Any) -> dict[str, Any]:

@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from spectralquant.cli.options import DEMO, DTYPES
 from spectralquant.corpus import leading_tokens
 from spectralquant.errors import ConfigError
-
-UNREADABLE = (OSError, ValueError, ImportError, KeyError, SafetensorError)
-"""What transformers raises for a model that it can't load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +54,8 @@ def load_model(name: str | None, dtype: str | None = None) -> tuple[Any, Any, st
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
+    from spectralquant.model_folder import UNREADABLE
+
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,12 +78,10 @@ def load_shape(name: str) -> tuple[Any, str]:
         ConfigError: As `load_model`.
     """
     source = find_source(name)
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from spectralquant.model_folder import UNREADABLE, without_weights
 
     try:
-        config = AutoConfig.from_pretrained(source.name, **source.options)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config), source.label
+        return without_weights(source.name, **source.options), source.label
     except UNREADABLE as error:
         raise cannot_load(name, error) from error
 
