@@ -1,29 +1,13 @@
 """A paged layer against the contiguous one."""
 
 import pytest
-import synthetic
 import torch
-from cache import PagedCache, Sequence
+from cache import PagedCache, Sequence, codec_of, sequence_of
 
 from spectralquant.attention.dispatch import attend_packed
 from spectralquant.cache.segment import Segment
-from spectralquant.codec.codec import LayerCodec, build_codec
-from spectralquant.config import CacheConfig, Dials
-from spectralquant.presets import PRESETS
-from spectralquant.rope import Rotary
-
-
-def codec_of(heads: int = 2, dim: int = 64, anchored: bool = True, **choices: object) -> LayerCodec:
-    rotary = Rotary(synthetic.inv_freq(dim // 2)) if anchored else None
-    profile = synthetic.profile(heads, dim, (0,), rotary=rotary, exact_share=0.02, **{"exact_error": 0.0, **choices})
-    return build_codec(profile, PRESETS["high"], Dials())[0]
-
-
-def sequence_of(codec: LayerCodec, length: int, seed: int, small: tuple[int, ...] = ()) -> Sequence:
-    torch.manual_seed(seed)
-    keys, values = (torch.randn(codec.heads, length, codec.head_dim) for _ in range(2))
-    values[:, list(small)] *= 0.01  # secondary sinks
-    return Sequence(keys, values)
+from spectralquant.codec.codec import LayerCodec
+from spectralquant.config import CacheConfig
 
 
 def contiguous(codec: LayerCodec, sequence: Sequence) -> Segment:
