@@ -18,6 +18,7 @@ _ATTEND = {
     "TRANSFORM_IN_SHARED": 1,
     "TABLE_IN_SHARED": 1,
     "USE_PREFIX": 0,
+    "USE_PAGES": 0,
 }
 
 _DENSE = {"D": 128, "KEY_PLANES": 144, "VALUE_PLANES": 160, "IS_KEY": 1, "OUT": 2, "PAIRS": 64, "INTERLEAVED": 0, "RUN": 256}
@@ -29,6 +30,9 @@ REPRESENTATIVE: dict[str, list[dict[str, int]]] = {
         {**_ATTEND, "COLUMNS": 2, "D": 256, "CK": 17, "CV": 19, "TRANSFORM_IN_SHARED": 0, "TABLE_IN_SHARED": 0, "USE_SOFTCAP": 1, "IS_BF16": 0},
         {**_ATTEND, "D": 80, "CK": 5, "CV": 6, "RUN": 0, "CB": 0, "SPLIT_BIAS": 0, "USE_SINKS": 1},
         {**_ATTEND, "USE_PREFIX": 1},
+        {**_ATTEND, "USE_PAGES": 1},
+        {**_ATTEND, "USE_PAGES": 1, "COLUMNS": 2, "D": 64, "CK": 4, "CV": 5, "CB": 2, "SPLIT_BIAS": 0, "FLOAT_QUERY": 1, "IS_BF16": 0},
+        {**_ATTEND, "USE_PAGES": 1, "D": 80, "CK": 5, "CV": 6, "RUN": 0, "CB": 0, "SPLIT_BIAS": 0, "USE_SINKS": 1},
     ],
     "whiten.cu": [
         _WHITEN,
@@ -43,6 +47,7 @@ REPRESENTATIVE: dict[str, list[dict[str, int]]] = {
         {"D": 112, "PLANES": 160, "IS_KEY": 0, "GAIN": 0, "BLOCKS": 4, "SIDE": 1},
     ],
     "exact.cu": [{"D": 128}, {"D": 80}],
+    "pages.cu": [{}],
     "append.cu": [{"D": 128}, {"D": 80}],
     "dense.cu": [
         _DENSE,

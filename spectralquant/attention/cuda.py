@@ -52,30 +52,36 @@ class FusedAttention:
 
     def plan(self, query: Tensor, kv: PackedKV, scale: float | None = None, softcap: float | None = None, sinks: Tensor | None = None) -> "Launch":
         """Everything that `attend` allocates, for one or more runs on these very tensors, also inside a CUDA graph."""
-        constants = self._constants_of(kv.codec)
-        return plan_launch(query, kv, constants, self._anchors_of(constants, kv), self._workspace(query, kv), scale, softcap, sinks)
+        constants = self.constants_of(kv.codec)
+        return plan_launch(query, kv, constants, self.anchors_of(constants, kv.room), self._workspace(query, kv), scale, softcap, sinks)
 
     def run(self, launch: "Launch") -> Tensor:
         """Launch on torch's current stream; the result as of `attend`. Runs of one plan may not overlap."""
+        self.launch(launch)
+        return launch.out.transpose(1, 2)
+
+    def launch(self, launch: "Launch") -> None:
+        """Launch what was planned for any store on torch's current stream."""
         kernel = load("attend.cu", launch.definitions, "attend", self.device)
         kernel(launch.blocks, THREADS, launch.shared_bytes, [a.data_ptr() if isinstance(a, Tensor) else a for a in launch.arguments])
-        return launch.out.transpose(1, 2)
 
     def _workspace(self, query: Tensor, kv: PackedKV) -> "Workspace":
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        found, need = self._workspaces.get(stream), Workspace.sizes(query, kv, self.blocks)
+        found, need = self._workspaces.get(stream), Workspace.sizes(query, len(query), kv.raw_keys.shape[1], self.blocks)
         if found is None or found.partials.numel() < need[0] or found.tickets.numel() < need[1]:
             found = self._workspaces[stream] = Workspace.make(*need, self.blocks, self.device)
         return found
 
-    def _constants_of(self, codec: LayerCodec) -> KernelConstants:
+    def constants_of(self, codec: LayerCodec) -> KernelConstants:
+        """Those of a layer, made once."""
         if id(codec) not in self._constants:
             self._constants[id(codec)] = (codec, build_constants(codec))
         return self._constants[id(codec)][1]
 
-    def _anchors_of(self, constants: KernelConstants, kv: PackedKV) -> Tensor:
+    def anchors_of(self, constants: KernelConstants, units: int) -> Tensor:
+        """A table that covers so many units, the same one for all layers that turn alike."""
         run = constants.definitions["RUN"]
-        key, need = (run, hash(tuple(constants.rates.tolist()))), runs_of(kv, run)
+        key, need = (run, hash(tuple(constants.rates.tolist()))), runs_of(units, run)
         tables = self._anchors.setdefault(key, [])
         if not tables or len(tables[-1]) < need:
             tables.append(anchor_table(constants, need + need // 2 + _SPARE_RUNS, self.device))
@@ -88,9 +94,9 @@ def rows_of(queries: int) -> tuple[int, int]:
     return rows, -(-queries // rows)
 
 
-def runs_of(kv: PackedKV, run: int) -> int:
-    """Entries that the kernel may read of a table of runs: four at a time, up to the store's last."""
-    return kv.room * UNIT // run + 4 if run else 1
+def runs_of(units: int, run: int) -> int:
+    """Entries that the kernel may read of a table of runs: four at a time, up to the last of so many units."""
+    return units * UNIT // run + 4 if run else 1
 
 
 def anchor_table(constants: KernelConstants, runs: int, device: torch.device) -> Tensor:
@@ -113,10 +119,9 @@ class Workspace:
     blocks: int
 
     @staticmethod
-    def sizes(query: Tensor, kv: PackedKV, blocks: int) -> tuple[int, int]:
-        """Elements of `partials` and `tickets` that attention of `query` [B, H G, Q, D] over `kv` needs."""
-        batch, query_heads, positions, dim = query.shape
-        heads = kv.raw_keys.shape[1]
+    def sizes(query: Tensor, batch: int, heads: int, blocks: int) -> tuple[int, int]:
+        """Elements of `partials` and `tickets` that attention of `query` [*, H G, Q, D] over `heads` KV heads of `batch` sequences needs."""
+        _, query_heads, positions, dim = query.shape
         rows, row_groups = rows_of(query_heads // heads * positions)
         return blocks * 2 * rows * (dim + 2), heads * row_groups * batch
 
@@ -133,7 +138,7 @@ class Launch:
         definitions: Compile-time definitions.
         arguments: In the kernel's order: tensors (their address is passed), int (64 bits), numpy scalars.
         blocks, shared_bytes: Of the launch.
-        out: [B, Q, H G, D], written by it.
+        out: [B, Q, H G, D], or [N, H G, D] of pages, written by it.
     """
 
     definitions: dict[str, int]
@@ -141,6 +146,26 @@ class Launch:
     blocks: int
     shared_bytes: int
     out: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Where the tokens of B sequences lie, as a variant of the kernel reads it.
+
+    Attributes:
+        batch, heads: Sequences and KV heads.
+        dtype: Of exact tokens, float16 or bfloat16.
+        variant: Compile-time definitions.
+        tensors, strides, sizes: Arguments, in the kernel's order.
+    """
+
+    batch: int
+    heads: int
+    dtype: torch.dtype
+    variant: dict[str, int]
+    tensors: tuple[Tensor, ...]
+    strides: tuple[int, ...]
+    sizes: tuple[int, ...]
 
 
 def plan_launch(
@@ -155,44 +180,76 @@ def plan_launch(
 ) -> Launch:
     """Everything of `attend` but the launch itself, on any device. `anchors`: see `anchor_table`."""
     batch, query_heads, positions, dim = query.shape
-    heads = kv.raw_keys.shape[1]
-    groups = query_heads // heads
+    check_steps(query, batch, kv.raw_keys.shape[1], kv.room, kv.exact_slots.shape[1], kv.raw_keys.shape[2])
+    return plan_over(_store_of(kv), query, constants, anchors, workspace, scale, softcap, sinks, query.new_empty((batch, positions, query_heads, dim)))
+
+
+def plan_over(
+    store: Store,
+    query: Tensor,
+    constants: KernelConstants,
+    anchors: Tensor,
+    workspace: Workspace,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    out: Tensor,
+) -> Launch:
+    """A launch for queries [*, H G, Q, D] over any store, whose result goes to `out`."""
+    _, query_heads, positions, dim = query.shape
+    groups = query_heads // store.heads
     rows, row_groups = rows_of(groups * positions)
-    _check_steps(heads * row_groups * batch, kv)
     softcapped, float_query = softcap is not None, query.dtype == torch.float32
     definitions = {
         **constants.definitions,
         "FLOAT_QUERY": int(float_query),
-        "IS_BF16": int(kv.exact_keys.dtype == torch.bfloat16),
+        "IS_BF16": int(store.dtype == torch.bfloat16),
         "USE_SOFTCAP": int(softcapped),
         "USE_SINKS": int(sinks is not None),
         "COLUMNS": rows // 4,
-        "USE_PREFIX": int(kv.prefix is not None),
+        **store.variant,
     }
     definitions |= _placement(definitions)
-    out = query.new_empty((batch, positions, query_heads, dim))
     factor = (dim**-0.5 if scale is None else scale) * (1.0 if softcapped else _LOG2E)
-    exact = (kv.exact_keys.contiguous(), kv.exact_values.contiguous(), kv.exact_slots.contiguous())
-    raw = [_rows(t.to(kv.exact_keys.dtype)) for t in (kv.raw_keys, kv.raw_values)]
     mass = query.new_zeros(query_heads, dtype=torch.float32) if constants.missing_mass is None else constants.missing_mass
-    prefix = kv.prefix or Prefix(kv.records, kv.lengths, 0)
     arguments = (
-        query, kv.records.contiguous(), prefix.records, prefix.rows, *exact, *raw, kv.lengths.contiguous(), kv.start.contiguous(),
+        query, *store.tensors,
         constants.transform, constants.table, constants.scales, anchors, constants.turns, constants.value_rows, constants.value_mean,
         mass, (sinks.float().contiguous() if sinks is not None else constants.scales), out,
         workspace.partials, workspace.tickets,
-        *(query.stride(i) for i in range(3)),
-        *(np.int32(x) for x in (batch, heads, groups, positions, kv.records.shape[2], kv.exact_slots.shape[1], raw[0].stride(1) // dim)),
-        np.int32(prefix.units), np.int32(prefix.records.shape[2]),
-        np.int32(row_groups), np.int32(workspace.blocks // (heads * row_groups)),
+        *(query.stride(i) for i in range(3)), *store.strides,
+        *(np.int32(x) for x in (store.batch, store.heads, groups, positions, *store.sizes)),
+        np.int32(row_groups), np.int32(workspace.blocks // (store.heads * row_groups)),
         np.int32(constants.rotary_pairs), np.int32(constants.interleaved), np.float32(factor), np.float32(softcap or 0.0),
     )  # fmt: skip
     return Launch(definitions, arguments, workspace.blocks, shared_bytes(definitions), out)
 
 
-def _check_steps(items: int, kv: PackedKV) -> None:
-    """The kernel numbers its steps (attend_schedule.cuh) with 32 bits."""
-    steps = items * (kv.room + sum(-(-n // TILE) for n in (kv.exact_slots.shape[1], kv.raw_keys.shape[2])))
+def _store_of(kv: PackedKV) -> Store:
+    """One after another in memory, the first units perhaps in a prefix."""
+    batch, heads, units, _ = kv.records.shape
+    exact, dim = kv.exact_slots.shape[1], kv.raw_keys.shape[-1]
+    raw = [_rows(t.to(kv.exact_keys.dtype)) for t in (kv.raw_keys, kv.raw_values)]
+    prefix = kv.prefix or Prefix(kv.records, kv.lengths, 0)
+    tensors = (
+        kv.records.contiguous(), prefix.records, prefix.rows, kv.exact_keys.contiguous(), kv.exact_values.contiguous(), kv.exact_slots.contiguous(),
+        *raw, kv.start.contiguous(), kv.lengths.contiguous(),
+    )  # fmt: skip
+    return Store(
+        batch, heads, kv.exact_keys.dtype, {"USE_PREFIX": int(kv.prefix is not None), "USE_PAGES": 0},
+        tensors, (), (units, exact, raw[0].stride(1) // dim, prefix.units, prefix.records.shape[2]),
+    )  # fmt: skip
+
+
+def check_steps(query: Tensor, batch: int, heads: int, units: int, exact: int, raw: int) -> None:
+    """The kernel numbers its steps (attend_schedule.cuh) with 32 bits: of queries [*, H G, Q, D] of `batch` sequences that have room for so many units, exact
+    tokens and raw ones.
+
+    Raises:
+        BackendError: They are too many.
+    """
+    row_groups = rows_of(query.shape[1] // heads * query.shape[2])[1]
+    steps = heads * row_groups * batch * (units + -(-exact // TILE) + -(-raw // TILE))
     if steps >= 1 << 31:
         raise BackendError(f"attention takes {steps} steps, expected fewer than 2^31; use fewer sequences or fewer new tokens at a time")
 

@@ -30,6 +30,7 @@ __device__ __forceinline__ void load_constants(const Arguments& a, int head, Sha
     commit_copies();
 }
 
+#if !USE_PAGES
 // Sequences of no tokens get zeros.
 __device__ void clear_empty(const Arguments& a) {
     const i64 size = (i64)a.positions * a.heads * a.groups * D;
@@ -39,6 +40,7 @@ __device__ void clear_empty(const Arguments& a) {
 #pragma unroll 1
             for (i64 i = threadIdx.x; i < size; i += THREADS) write_out(a, b * size + i, 0.f);
 }
+#endif
 
 __device__ void attend_stretches(const Arguments& a, Shared& sm) {
     const int warp = threadIdx.x >> 5;
@@ -67,6 +69,16 @@ __device__ void attend_stretches(const Arguments& a, Shared& sm) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(
     const void* query,
+#if USE_PAGES
+    const u8* pages,
+    const int* page_table,
+    const u16* recent_keys,
+    const u16* recent_values,
+    const i64* copies,
+    const u16* new_keys,
+    const u16* new_values,
+    const i64* tokens,
+#else
     const u8* records,
     const u8* prefix,
     const int* prefix_rows,
@@ -75,8 +87,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(
     const int* exact_slots,
     const u16* raw_keys,
     const u16* raw_values,
-    const int* lengths,
     const i64* start,
+#endif
+    const int* lengths,
     const Quad32* transform,
     const void* table,
     const float* scales,
@@ -92,15 +105,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(
     i64 query_stride_batch,
     i64 query_stride_head,
     i64 query_stride_position,
+#if USE_PAGES
+    i64 page_stride,
+    i64 table_stride,
+    i64 key_stride_token,
+    i64 key_stride_head,
+    i64 value_stride_token,
+    i64 value_stride_head,
+#endif
     int batch,
     int heads,
     int groups,
     int positions,
+#if USE_PAGES
+    int exact,
+    int exact_keys,
+    int exact_values,
+    int exact_places,
+#else
     int units,
     int exact,
     int raw,
     int prefix_units,
     int prefix_room,
+#endif
     int row_groups,
     int blocks_per_line,
     int rotary_pairs,
@@ -108,10 +136,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(
     float scale,
     float softcap) {
     extern __shared__ u8 shared[];
-    const Arguments a = {query, records, prefix, prefix_rows, exact_keys, exact_values, exact_slots, raw_keys, raw_values, lengths, start, transform, table,
+#if USE_PAGES
+    const Arguments a = {query, pages, page_table, recent_keys, recent_values, copies, new_keys, new_values, tokens, lengths, transform, table, scales,
+                         anchors, turns, value_rows, value_mean, missing_mass, sinks, out, partials, tickets,
+                         {query_stride_batch, query_stride_head, query_stride_position}, page_stride, table_stride, {key_stride_token, key_stride_head},
+                         {value_stride_token, value_stride_head}, batch, heads, groups, positions, exact, exact_keys, exact_values, exact_places,
+                         row_groups, blocks_per_line, rotary_pairs, interleaved, scale, softcap};
+#else
+    const Arguments a = {query, records, prefix, prefix_rows, exact_keys, exact_values, exact_slots, raw_keys, raw_values, start, lengths, transform, table,
                          scales, anchors, turns, value_rows, value_mean, missing_mass, sinks, out, partials, tickets,
                          {query_stride_batch, query_stride_head, query_stride_position}, batch, heads, groups, positions, units, exact, raw,
                          prefix_units, prefix_room, row_groups, blocks_per_line, rotary_pairs, interleaved, scale, softcap};
     clear_empty(a);
+#endif
     attend_stretches(a, *(Shared*)shared);
 }

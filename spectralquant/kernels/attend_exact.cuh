@@ -1,8 +1,53 @@
-// Exact tokens, 32 at a time, by one warp: those of the exact store and the recent window.
+// Exact tokens, 32 at a time, by one warp: those of the exact store or of pages, and the recent window.
 #include "attend_schedule.cuh"
 #include "attend_softmax.cuh"
 
-// 32 exact tokens of a head: the exact store's, or the window's. Lanes read 8 bytes of a row, 4 dims, as k 2c, 2c + 1, 2c + 8, 2c + 9 of a fragment.
+#define NOWHERE 0x7fffffff  // slot that no query sees: of unused entries of the exact store, of those of tokens that are still in the window, of rows beyond a store
+
+// One exact token of a head.
+struct Row {
+    const u16 *key, *value;
+    int slot;
+};
+
+#if USE_PAGES
+// 32 exact tokens: of pages, all entries of a sequence's pages in order, or behind its units.
+struct Tile {
+    bool raw;
+    int first, count;  // first row of the tile, rows of the sequence
+};
+
+__device__ __forceinline__ Tile tile_of(const Arguments& a, const Stretch& s, int step) {
+    const int exact = exact_rows(a, s.units), exact_tiles = (exact + TILE - 1) / TILE, at = step - (s.units - s.skipped);
+    if (at < exact_tiles) return {false, at * TILE, exact};
+    return {true, (at - exact_tiles) * TILE, s.raw};
+}
+
+// Of rows beyond the last one, that one, but nowhere.
+__device__ __forceinline__ Row row_of(const Arguments& a, const Stretch& s, const Tile& t, int row) {
+    const int i = min(row, t.count - 1);
+    Row found;
+    if (t.raw) {
+        if (i == s.raw - 1) {  // the new token
+            found.key = a.new_keys + s.place * a.key_strides[0] + s.head * a.key_strides[1];
+            found.value = a.new_values + s.place * a.value_strides[0] + s.head * a.value_strides[1];
+        } else {
+            const i64 copy = a.copies[2 * s.batch + 1 + i / UNIT - (s.raw - 1) / UNIT], at = ((copy * UNIT + i % UNIT) * a.heads + s.head) * D;
+            found.key = a.recent_keys + at, found.value = a.recent_values + at;
+        }
+        found.slot = s.units * UNIT + i;
+    } else {
+        const int unit = (u32)i / (u32)a.exact, entry = i - unit * a.exact, at = (s.head * a.exact + entry) * D;
+        const u8* page = page_of(a, s, unit);
+        const int place = ((const int*)(page + a.exact_places))[entry];
+        found.key = (const u16*)(page + a.exact_keys) + at, found.value = (const u16*)(page + a.exact_values) + at;
+        found.slot = place < 0 ? NOWHERE : unit * UNIT + place;
+    }
+    if (row != i) found.slot = NOWHERE;
+    return found;
+}
+#else
+// 32 exact tokens: the exact store's, or the window's.
 struct Tile {
     const u16 *keys, *values;  // first row of the store
     const int* slots;          // of the exact store, or null: row i stands in slot first_slot + i
@@ -24,18 +69,29 @@ __device__ __forceinline__ Tile tile_of(const Arguments& a, const Stretch& s, in
         t.slots = nullptr;
         t.first = (at - exact_tiles) * TILE, t.count = s.raw;
     }
-    t.first_slot = s.units * 128;
+    t.first_slot = s.units * UNIT;
     return t;
 }
 
-// Slot of row i of a tile, or a slot that nobody sees: unused entries of the exact store, and those of tokens that are still in the window.
 __device__ __forceinline__ int slot_of(const Tile& t, int row) {
-    const int none = 0x7fffffff;
-    if (row >= t.count) return none;
+    if (row >= t.count) return NOWHERE;
     if (t.slots == nullptr) return t.first_slot + row;
     const int slot = t.slots[row];
-    return slot < 0 || slot >= t.first_slot ? none : slot;
+    return slot < 0 || slot >= t.first_slot ? NOWHERE : slot;
 }
+
+// Of rows beyond the last one, that one, but nowhere.
+__device__ __forceinline__ Row row_of(const Arguments&, const Stretch&, const Tile& t, int row) {
+    const i64 at = (i64)min(row, t.count - 1) * D;
+    return {t.keys + at, t.values + at, slot_of(t, row)};
+}
+#endif
+
+// Lanes read 8 bytes of a row, 4 dims, as k 2c, 2c + 1, 2c + 8, 2c + 9 of fragment g.
+__device__ __forceinline__ Pair32 read_dims(const u16* row, int g) { return *(const Pair32*)(row + 16 * g + 4 * (threadIdx.x & 3)); }
+
+// Whether what stands in a row may meet the tensor cores: unused entries of a page are of anything, and nothing times NaN is NaN.
+__device__ __forceinline__ bool is_number(const Row& row) { return !USE_PAGES || row.slot != NOWHERE; }
 
 __device__ __forceinline__ void mma_dense(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if IS_BF16
@@ -46,8 +102,11 @@ __device__ __forceinline__ void mma_dense(float (&c)[4], u32 a0, u32 a1, u32 a2,
 }
 
 __device__ void dense_step(const Arguments& a, const Stretch& s, const Shared& sm, State& st, int step) {
-    const int lane = threadIdx.x & 31, r = lane >> 2, c = lane & 3;
+    const int lane = threadIdx.x & 31, r = lane >> 2;
     const Tile t = tile_of(a, s, step);
+    Row rows[2][2];
+#pragma unroll
+    for (int i = 0; i < 4; i++) rows[i / 2][i % 2] = row_of(a, s, t, t.first + 8 * i + r);
     float factor[COLUMNS], most[COLUMNS], score[2][4];
     int limit[COLUMNS];  // the last slot that the lane's queries see
 #pragma unroll
@@ -59,12 +118,16 @@ __device__ void dense_step(const Arguments& a, const Stretch& s, const Shared& s
     }
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-        const int low = t.first + 16 * j + r, high = low + 8;
-        const u16 *k0 = t.keys + (i64)min(low, t.count - 1) * D + 4 * c, *k1 = t.keys + (i64)min(high, t.count - 1) * D + 4 * c;
+        const Row &low = rows[j][0], &high = rows[j][1];
         score[j][0] = score[j][1] = score[j][2] = score[j][3] = 0.f;
         Pair32 v0[DIM_CHUNKS], v1[DIM_CHUNKS];
 #pragma unroll
-        for (int g = 0; g < DIM_CHUNKS; g++) v0[g] = *(const Pair32*)(k0 + 16 * g), v1[g] = *(const Pair32*)(k1 + 16 * g);
+        for (int g = 0; g < DIM_CHUNKS; g++) v0[g] = read_dims(low.key, g), v1[g] = read_dims(high.key, g);
+#pragma unroll
+        for (int g = 0; g < DIM_CHUNKS; g++) {  // read in any case: where tokens stand is still on its way
+            if (!is_number(low)) v0[g] = {0, 0};
+            if (!is_number(high)) v1[g] = {0, 0};
+        }
 #pragma unroll
         for (int g = 0; g < DIM_CHUNKS; g++) {
             mma_dense(score[j], v0[g].x, v1[g].x, v0[g].y, v1[g].y, sm.dense_query[g][0][lane][0], sm.dense_query[g][0][lane][1]);
@@ -72,12 +135,11 @@ __device__ void dense_step(const Arguments& a, const Stretch& s, const Shared& s
             mma_dense(score[j], v0[g].x, v1[g].x, v0[g].y, v1[g].y, sm.dense_query[g][1][lane][0], sm.dense_query[g][1][lane][1]);
 #endif
         }
-        const int slot0 = slot_of(t, low), slot1 = slot_of(t, high);
 #pragma unroll
         for (int i = 0; i < COLUMNS; i++) {
             float &low_score = score[j][i], &high_score = score[j][2 + i];
-            low_score = slot0 <= limit[i] && slot0 >= s.start ? capped(a, low_score * factor[i]) : NOTHING;
-            high_score = slot1 <= limit[i] && slot1 >= s.start ? capped(a, high_score * factor[i]) : NOTHING;
+            low_score = low.slot <= limit[i] && low.slot >= s.start ? capped(a, low_score * factor[i]) : NOTHING;
+            high_score = high.slot <= limit[i] && high.slot >= s.start ? capped(a, high_score * factor[i]) : NOTHING;
             most[i] = fmaxf(most[i], fmaxf(low_score, high_score));
         }
     }
@@ -101,11 +163,12 @@ __device__ void dense_step(const Arguments& a, const Stretch& s, const Shared& s
 #else
         const u32 b0 = transposed(pack_f16(p[0], p[1])), b1 = transposed(pack_f16(p[2], p[3]));
 #endif
-        const int low = t.first + 16 * j + r, high = low + 8;
-        const u16 *v0 = t.values + (i64)min(low, t.count - 1) * D + 4 * c, *v1 = t.values + (i64)min(high, t.count - 1) * D + 4 * c;
+        const Row &low = rows[j][0], &high = rows[j][1];
 #pragma unroll
         for (int g = 0; g < DIM_CHUNKS; g++) {
-            const Pair32 x = *(const Pair32*)(v0 + 16 * g), y = *(const Pair32*)(v1 + 16 * g);
+            Pair32 x = {0, 0}, y = {0, 0};
+            if (is_number(low)) x = read_dims(low.value, g);
+            if (is_number(high)) y = read_dims(high.value, g);
             const u32 f0 = transposed(x.x), f1 = transposed(x.y), f2 = transposed(y.x), f3 = transposed(y.y);
             mma_dense(st.dense[g], f0, f1, f2, f3, b0, b1);
 #if IS_BF16

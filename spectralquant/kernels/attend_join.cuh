@@ -138,7 +138,7 @@ __device__ __forceinline__ void finish(const Arguments& a, const Stretch& s, int
     mass = mass * shrink + exp2_approx(sink - top), factor *= shrink;
 #endif
     factor = factor == 0.f ? 0.f : factor / mass;
-    const i64 at = (((i64)s.batch * a.positions + position) * (a.heads * a.groups) + head) * D + 4 * quad;
+    const i64 at = (((i64)s.place * a.positions + position) * (a.heads * a.groups) + head) * D + 4 * quad;
     write_out(a, at, sum.x * factor), write_out(a, at + 1, sum.y * factor), write_out(a, at + 2, sum.z * factor), write_out(a, at + 3, sum.w * factor);
 }
 

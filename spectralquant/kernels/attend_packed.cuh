@@ -134,11 +134,15 @@ __device__ __forceinline__ void add_packed(State& st, const float (&scores)[8][2
 // The record of a step.
 __device__ __forceinline__ const u8* record_of(const Arguments& a, const Stretch& s, int step) {
     int unit = s.skipped + step;
+#if USE_PAGES
+    return page_of(a, s, unit) + (i64)s.head * RECORD;
+#else
 #if USE_PREFIX
     if (unit < a.prefix_units) return a.prefix + (((i64)a.prefix_rows[s.batch] * a.heads + s.head) * a.prefix_room + unit) * RECORD;
     unit -= a.prefix_units;
 #endif
     return a.records + (((i64)s.batch * a.heads + s.head) * a.units + unit) * RECORD;
+#endif
 }
 
 // Record `first` on its way to the warp's slot, as two groups of copies, unless there is nothing up to `last`.
@@ -175,12 +179,12 @@ __device__ void packed_part(const Arguments& a, const Stretch& s, Shared& sm, St
             if (next_held) take_next(sm, q); else map_queries(a, sm, s.head, run, mean_scale, q);
             next_held = !next_held, held = run;
         }
+        const u8* next = record_of(a, s, step + 1);  // early: the number of a page comes from memory
         float scores[8][2][COLUMNS];
         wait_copies<1>();
         __syncwarp();
         packed_scores(a, sm, q, s.head, unit, run != held, keys, factor, mean, scores);
         __syncwarp();
-        const u8* next = record_of(a, s, step + 1);
         copy_part<KEY_PART>(keys, next, step + 1 < last);
         wait_copies<1>();
         __syncwarp();

@@ -46,7 +46,7 @@ __device__ void load_queries(const Arguments& a, const Stretch& s, Shared& sm) {
     if (warp >= ROWS) return;
     const int row = s.row_group * ROWS + warp, position = row / a.groups, group = row - position * a.groups;
     const bool used = row < a.groups * a.positions;
-    const i64 base = s.batch * a.query_strides[0] + (s.head * a.groups + group) * a.query_strides[1] + position * a.query_strides[2];
+    const i64 base = s.place * a.query_strides[0] + (s.head * a.groups + group) * a.query_strides[1] + position * a.query_strides[2];
     float x[PAIRS_PER_LANE], y[PAIRS_PER_LANE], mean = 0.f;
     float largest = 0.f;
 #pragma unroll

@@ -15,6 +15,7 @@
 // Steps first .. last - 1 of the `count` of an item, the packed ones before the dense ones.
 struct Stretch {
     int head, row_group, batch, first, last, count;
+    int place;  // of the sequence in the queries and in the output
     int units, raw, start, skipped;  // skipped: units before the first step
     int first_block, blocks;  // that share the item
 };
@@ -28,11 +29,26 @@ struct Schedule {
 
 __device__ __forceinline__ int skipped_units(i64 start, int units) { return (int)min(start / 128, (i64)units); }
 
+#if USE_PAGES
+__device__ __forceinline__ i64 start_of(const Arguments&, int) { return 0; }
+__device__ __forceinline__ int place_of(const Arguments& a, int b) { return (int)a.tokens[b]; }
+__device__ __forceinline__ int exact_rows(const Arguments& a, int units) { return units * a.exact; }
+
+// The page of a unit of a sequence, or any other page where it has none.
+__device__ __forceinline__ const u8* page_of(const Arguments& a, const Stretch& s, int unit) {
+    return a.pages + a.page_table[s.batch * a.table_stride + max(min(unit, s.units - 1), 0)] * a.page_stride;
+}
+#else
+__device__ __forceinline__ i64 start_of(const Arguments& a, int b) { return a.start[b]; }
+__device__ __forceinline__ int place_of(const Arguments&, int b) { return b; }
+__device__ __forceinline__ int exact_rows(const Arguments& a, int) { return a.exact; }
+#endif
+
 __device__ __forceinline__ int steps_of(const Arguments& a, int b, int& units, int& raw) {
     units = b < a.batch ? a.lengths[2 * b] : 0;
     raw = b < a.batch ? a.lengths[2 * b + 1] : 0;
-    const i64 start = b < a.batch ? a.start[b] : 0;
-    return units + raw ? units - skipped_units(start, units) + (a.exact + TILE - 1) / TILE + (raw + TILE - 1) / TILE : 0;
+    const i64 start = b < a.batch ? start_of(a, b) : 0;
+    return units + raw ? units - skipped_units(start, units) + (exact_rows(a, units) + TILE - 1) / TILE + (raw + TILE - 1) / TILE : 0;
 }
 
 __device__ __forceinline__ int parts_of(int count, const Schedule& p) { return count == p.steps ? max(1, p.cut) : count ? max(1u, (u32)p.cut * count / p.steps) : 0; }
@@ -102,7 +118,7 @@ __device__ bool next_stretch(const Arguments& a, Schedule& p, Stretch& s) {
         }
         rest -= __shfl_sync(FULL_WARP, sum, 31);
     }
-    s.start = (int)a.start[s.batch], s.skipped = skipped_units(s.start, s.units);
+    s.place = place_of(a, s.batch), s.start = (int)start_of(a, s.batch), s.skipped = skipped_units(s.start, s.units);
     if (p.parts) {
         s.blocks = parts_of(s.count, p), s.first_block = blockIdx.x - rest;
         s.first = (u32)s.count * rest / s.blocks, s.last = (u32)s.count * (rest + 1) / s.blocks;

@@ -9,9 +9,11 @@
 //   COLUMNS    of a tile's 8 that a lane's queries stand in: 2, or 1 where an item has at most 4 rows (a lane's other column serves the next run)
 //   TRANSFORM_IN_SHARED, TABLE_IN_SHARED  0: too large, read through the caches (D = 256)
 //   USE_PREFIX   1: the first units stand in a store of their own, which several sequences may read
+//   USE_PAGES    1: units stand in pages with their exact tokens, in any order; every sequence has one new token (paged/layout.py, paged/recent.py)
 
 #if !defined(D) || !defined(CK) || !defined(CV) || !defined(CB) || !defined(RUN) || !defined(SPLIT_BIAS) || !defined(FLOAT_QUERY) || !defined(IS_BF16) || \
-    !defined(USE_SOFTCAP) || !defined(USE_SINKS) || !defined(COLUMNS) || !defined(TRANSFORM_IN_SHARED) || !defined(TABLE_IN_SHARED) || !defined(USE_PREFIX)
+    !defined(USE_SOFTCAP) || !defined(USE_SINKS) || !defined(COLUMNS) || !defined(TRANSFORM_IN_SHARED) || !defined(TABLE_IN_SHARED) || !defined(USE_PREFIX) || \
+    !defined(USE_PAGES)
 #error "a definition is missing, see above"
 #endif
 
@@ -40,6 +42,16 @@
 
 struct Arguments {
     const void* query;         // [B, H G, Q, D]
+#if USE_PAGES
+    const u8* pages;           // [*, page_stride]: records of all heads, exact keys and values [H, E, D], places [E] of these tokens or -1
+    const int* page_table;     // [B, table_stride]: the pages of a sequence
+    const u16* recent_keys;    // [*, 128, H, D]: exact copies of pages
+    const u16* recent_values;
+    const i64* copies;         // [B, 2]: those of the last page that was full before the new token, and of the one after it
+    const u16* new_keys;       // [N, H, D]
+    const u16* new_values;
+    const i64* tokens;         // [B]: the new token of a sequence, among N; its query and its output have the same place
+#else
     const u8* records;         // [B, H, *, RECORD], units after those of the prefix
     const u8* prefix;          // [S, H, *, RECORD]
     const int* prefix_rows;    // [B]: which of S a sequence begins with
@@ -48,8 +60,9 @@ struct Arguments {
     const int* exact_slots;    // [B, E], -1: unused
     const u16* raw_keys;       // [B, H, *, D]
     const u16* raw_values;
-    const int* lengths;        // [B, 2]: packed units, raw tokens
     const i64* start;          // [B]: slots of left padding
+#endif
+    const int* lengths;        // [B, 2]: packed units, raw tokens
     const Quad32* transform;   // [H, TRANSFORM_BYTES]: queries to planes and to the mean's rank
     const void* table;         // [H, TABLE_BYTES]: mean scores by offset in the run; plain frame: the mean, [H, D] float32
     const float* scales;       // [H, 2]: what scores are multiplied with; the mean's rank relative to that
@@ -59,13 +72,22 @@ struct Arguments {
     const float* value_mean;   // [H, D]
     const float* missing_mass; // [H G], added to the scores of packed tokens, log2
     const float* sinks;        // [H G]
-    void* out;                 // [B, Q, H G, D]
+    void* out;                 // [B, Q, H G, D], or [N, H G, D] of pages
     float* partials;           // [blocks, 2, PARTIAL]
     int* tickets;              // [H, row groups, B], zeros before and after
     i64 query_strides[3];      // of B, H G, Q, in elements
+#if USE_PAGES
+    i64 page_stride, table_stride;        // in bytes, in entries
+    i64 key_strides[2], value_strides[2]; // of N and H, in elements
+#endif
     int batch, heads, groups, positions;
+#if USE_PAGES
+    int exact;                                     // entries of a page
+    int exact_keys, exact_values, exact_places;    // where these begin in a page
+#else
     int units, exact, raw;     // rows that the stores have room for
     int prefix_units, prefix_room;  // that count, and that the prefix has room for
+#endif
     int row_groups, blocks_per_line;  // groups of ROWS rows of a head; blocks over heads times row groups, rounded down
     int rotary_pairs, interleaved;
     float scale, softcap;      // scale of the logits, times log2 e unless USE_SOFTCAP

@@ -8,8 +8,11 @@ from torch import Tensor
 
 from spectralquant.attention.dispatch import attend_packed
 from spectralquant.attention.reference import attend
+from spectralquant.backend import choose_for_feature, resolve_backend
 from spectralquant.codec.codec import LayerCodec
 from spectralquant.codec.layout import UNIT
+from spectralquant.config import Backend
+from spectralquant.paged.attend_cuda import fused_on
 from spectralquant.paged.layout import PageLayout
 from spectralquant.paged.recent import HELD_UNITS, Step
 from spectralquant.paged.store import exact_dtype, write_tokens
@@ -40,14 +43,17 @@ class PagedLayer:
         exact: Tokens that a page holds exact.
         sinks: First tokens of every sequence that stay exact.
         copies: Exact copies that there are, see `RecentPages`.
+        backend: What attends, see `CacheConfig.backend`.
     """
 
-    def __init__(self, codec: LayerCodec, dtype: torch.dtype, exact: int, sinks: int, copies: int) -> None:
+    def __init__(self, codec: LayerCodec, dtype: torch.dtype, exact: int, sinks: int, copies: int, backend: Backend = "auto") -> None:
         self.codec, self.sinks = codec, sinks
         self.layout = PageLayout(codec.layout, codec.heads, codec.head_dim, exact)
         self.exact_dtype: torch.dtype = exact_dtype(dtype, codec.exact_dtype)
-        shape = (copies + 1) * UNIT, codec.heads, codec.head_dim
-        self.recent_keys: Tensor = torch.zeros(shape, dtype=self.exact_dtype, device=codec.value_norm.device)
+        shape, device = ((copies + 1) * UNIT, codec.heads, codec.head_dim), codec.value_norm.device
+        choice = choose_for_feature("decode attention", resolve_backend(backend, device))
+        self._kernel = fused_on(device) if choice.name == "cuda" and codec.has_planes else None
+        self.recent_keys: Tensor = torch.zeros(shape, dtype=self.exact_dtype, device=device)
         self.recent_values: Tensor = torch.zeros_like(self.recent_keys)
 
     @property
@@ -64,14 +70,20 @@ class PagedLayer:
         """Attention of the step's queries over all tokens up to them, once `store` has run. New keys and values are read as they came, a single one rounded to
         16 bits as its exact copy is.
 
+        Where kernels run, a step of one token per sequence is a fixed sequence of launches, which a CUDA graph may repeat once the step has run as it is.
+
         Args:
             query: [N, H G, D].
             keys, values: [N, H, D], the new ones.
             pages: [pages, page_bytes] uint8.
             step: What the sequences are.
             scoring: How logits are made.
-            out: [N, H G, D], written.
+            out: [N, H G, D], written where sequences have new tokens.
         """
+        if self._kernel is not None and step.longest <= 1:
+            recent = self.recent_keys, self.recent_values
+            self._kernel.attend(self.codec, self.layout, recent, query, keys, values, pages, step, scoring.scale, scoring.softcap, scoring.sinks, out)
+            return
         starts, before = step.starts.tolist(), step.before.tolist()
         units = self.packed_units(pages, step)
         coded = units.tolist()
@@ -95,9 +107,7 @@ class PagedLayer:
         units = torch.where(missing[:, 0], full, (full - 1).clamp_min(0))
         return torch.where(missing[:, 1], full + 1, units)
 
-    def _attend_single(
-        self, query: Tensor, key: Tensor, value: Tensor, pages: Tensor, step: Step, batch: Tensor, units: Tensor, scoring: Scoring
-    ) -> Tensor:
+    def _attend_single(self, query: Tensor, key: Tensor, value: Tensor, pages: Tensor, step: Step, batch: Tensor, units: Tensor, scoring: Scoring) -> Tensor:
         """query [B, H G, D], key and value [B, H, D]: one position of each of the sequences `batch`, which read `units` [B] units by their codes."""
         before = step.before[batch]
         count = (before - UNIT * units + 1).clamp_min(0)  # raw tokens, the new one last; none where that one stands in a unit that is read by its code
@@ -105,7 +115,7 @@ class PagedLayer:
         keys, values = (x.transpose(1, 2) for x in self._recent(step, batch, units, room))
         last = torch.where(count > 0, count - 1, room)
         keys, values = (_with_row(old, last, new) for old, new in ((keys, key), (values, value)))
-        table = step.table[batch, : int(units.max())]
+        table = step.table[batch, : int(units.max())].long()
         limits = torch.where(count > 0, UNIT * units, before + 1)
         kv = packed_view(self.codec, self.layout, pages, table, limits, keys, values)
         rows = torch.arange(room, device=pages.device)
@@ -119,7 +129,7 @@ class PagedLayer:
         batch = torch.tensor([sequence], device=pages.device)
         recent = self._recent(step, batch, torch.tensor([units], device=pages.device), max(before - UNIT * units, 0))
         keys, values = (torch.cat([old[0].to(new.dtype), new]).transpose(0, 1)[None] for old, new in zip(recent, (keys, values), strict=True))
-        kv = packed_view(self.codec, self.layout, pages, step.table[batch, :units], step.before[batch], keys, values)
+        kv = packed_view(self.codec, self.layout, pages, step.table[batch, :units].long(), step.before[batch], keys, values)
         query = query.transpose(0, 1)[None]
         return attend_packed(query, kv, None, scoring.scale, scoring.softcap, scoring.sinks)[0].transpose(0, 1)
 

@@ -47,14 +47,25 @@ class PageLayout:
         return self.heads * self.exact * self.head_dim * 2
 
     @property
-    def header(self) -> int:
-        """Where the serial number begins."""
+    def exact_keys_begin(self) -> int:
+        return self.records_bytes
+
+    @property
+    def exact_values_begin(self) -> int:
+        return self.records_bytes + self.exact_bytes
+
+    @property
+    def serial_begin(self) -> int:
         return self.records_bytes + 2 * self.exact_bytes
+
+    @property
+    def places_begin(self) -> int:
+        return self.serial_begin + _SERIAL_BYTES
 
     @property
     def page_bytes(self) -> int:
         """A multiple of 128, so that it is a whole number of bytes per token."""
-        used = self.header + _SERIAL_BYTES + _PLACE_BYTES * self.exact
+        used = self.places_begin + _PLACE_BYTES * self.exact
         return -(-used // _ALIGN) * _ALIGN
 
     @property
@@ -67,23 +78,22 @@ class PageLayout:
 
     def exact_keys(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
         """View [..., H, E, D] of pages, in a 16-bit dtype."""
-        return self._rows(pages, self.records_bytes, dtype)
+        return self._rows(pages, self.exact_keys_begin, dtype)
 
     def exact_values(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
         """View [..., H, E, D] of pages, in a 16-bit dtype."""
-        return self._rows(pages, self.records_bytes + self.exact_bytes, dtype)
+        return self._rows(pages, self.exact_values_begin, dtype)
 
     def _rows(self, pages: Tensor, first: int, dtype: torch.dtype) -> Tensor:
         return pages[..., first : first + self.exact_bytes].view(dtype).unflatten(-1, (self.heads, self.exact, self.head_dim))
 
     def serials(self, pages: Tensor) -> Tensor:
         """View [...] int64 of pages."""
-        return pages[..., self.header : self.header + _SERIAL_BYTES].view(torch.int64)[..., 0]
+        return pages[..., self.serial_begin : self.places_begin].view(torch.int64)[..., 0]
 
     def places(self, pages: Tensor) -> Tensor:
         """View [..., E] int32 of pages: tokens that stand exact."""
-        first = self.header + _SERIAL_BYTES
-        return pages[..., first : first + _PLACE_BYTES * self.exact].view(torch.int32)
+        return pages[..., self.places_begin : self.places_begin + _PLACE_BYTES * self.exact].view(torch.int32)
 
 
 @dataclass(frozen=True, slots=True)

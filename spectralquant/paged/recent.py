@@ -29,7 +29,7 @@ class Step:
     """What a step of B sequences and N tokens writes and reads, on the device of the pages.
 
     Attributes:
-        table: [B, M] int64, pages of every sequence.
+        table: [B, M] int32, pages of every sequence.
         before, after: [B] int64, tokens of every sequence before and after this step.
         starts: [B + 1] int64, the first token of every sequence among the N.
         slots: [N] int64, 128 * page + place of every token, -1: not to be written.
@@ -39,6 +39,7 @@ class Step:
         read_pages, read_copies: [B, 2] int64, the last page that was full before this step and the one being written to then, and their
             exact copies; -1: there is none.
         copy_serials: [copies + 1] int64, serial numbers of all copies.
+        longest: The most new tokens that a sequence has.
     """
 
     table: Tensor
@@ -52,6 +53,7 @@ class Step:
     read_pages: Tensor
     read_copies: Tensor
     copy_serials: Tensor
+    longest: int
 
 
 class RecentPages:
@@ -74,7 +76,7 @@ class RecentPages:
         # Pages that outlive this process must not meet its numbers.
         self._next: Tensor = torch.full((), secrets.randbits(61) + 1, dtype=torch.int64, device=device)
 
-    def advance(self, table: Tensor, before: Tensor, after: Tensor, starts: Tensor, slots: Tensor) -> Step:
+    def advance(self, table: Tensor, before: Tensor, after: Tensor, starts: Tensor, slots: Tensor, longest: int) -> Step:
         """Find the exact copies that a step reads, and give some to the pages that it begins.
 
         Args:
@@ -82,8 +84,9 @@ class RecentPages:
             before, after: [B] integers, tokens of every sequence before and after this step; equal for one that is not there.
             starts: [B + 1] integers, the first token of every sequence among the N.
             slots: [N] integers, see `Step`.
+            longest: The most new tokens that a sequence has, which the host knows.
         """
-        table, before, after, starts, slots = (x.long() for x in (table, before, after, starts, slots))
+        table, before, after, starts, slots = table.int(), before.long(), after.long(), starts.long(), slots.long()
         self._clock += 1
         read_pages, read_copies = self._reading(table, before, after)
         held_units = torch.stack([after // UNIT - 1, after // UNIT], -1)
@@ -96,7 +99,7 @@ class RecentPages:
         copy = torch.where((copy >= 0) & (slots >= 0), copy, self.copies)
         serials = torch.where(copy < self.copies, self._serials[copy], 0)
         rows = copy * UNIT + positions % UNIT
-        return Step(table, before, after, starts, slots, positions, serials, rows, read_pages, read_copies, self._serials)
+        return Step(table, before, after, starts, slots, positions, serials, rows, read_pages, read_copies, self._serials, longest)
 
     def _reading(self, table: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         """Pages and copies [B, 2] of the units that the queries of this step read exact, where they can."""
@@ -136,4 +139,4 @@ class RecentPages:
 
 
 def _pages_of(table: Tensor, units: Tensor) -> Tensor:
-    return table.gather(1, units.clamp(0, table.shape[1] - 1))
+    return table.gather(1, units.clamp(0, table.shape[1] - 1)).long()

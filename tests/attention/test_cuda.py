@@ -1,22 +1,16 @@
 """The fused kernel against the reference: on the host, where every thread is a fiber, and with a GPU on the device."""
 
-import ctypes
 import random
 import shutil
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import synthetic
 import torch
-from host_kernels import compile_for_host
+from host_attention import run_on_host
 from shared_prefix import with_prefix
 from tolerances import FLOAT32
 from torch import Tensor
@@ -35,38 +29,6 @@ from spectralquant.rope import Rotary
 HOST = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 ERROR = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 """Relative RMS of the output: queries are coded in float16; 16-bit outputs are rounded once more."""
-LAUNCHER = """
-extern "C" void go(unsigned grid, void** p, long long* l, int* n, float* f) {
-    run(attend, grid, unsigned(THREADS), (const void*)p[0], (const u8*)p[1], (const u8*)p[2], (const int*)p[3], (const u16*)p[4], (const u16*)p[5],
-        (const int*)p[6], (const u16*)p[7], (const u16*)p[8], (const int*)p[9], (const i64*)p[10], (const Quad32*)p[11], p[12], (const float*)p[13],
-        (const Float4*)p[14], (const Float4*)p[15], (const float*)p[16], (const float*)p[17], (const float*)p[18], (const float*)p[19], p[20],
-        (float*)p[21], (int*)p[22], l[0], l[1], l[2], n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], f[0], f[1]);
-}
-extern "C" unsigned shared_size() { return sizeof(Shared); }
-"""
-
-
-@cache
-def library(definitions: frozenset[tuple[str, int]]) -> ctypes.CDLL:
-    return compile_for_host("attend.cu", dict(definitions), LAUNCHER, Path(mkdtemp()))
-
-
-def run_on_host(launch: Launch) -> Tensor:
-    """[B, H G, Q, D]; the output is NaN before."""
-    code = library(frozenset(launch.definitions.items()))
-    assert code.shared_size() <= launch.shared_bytes
-    launch.out.fill_(torch.nan)
-    launch.arguments[21].fill_(torch.nan)  # partial results: whatever was in memory
-
-    def packed(kind: Any, of: Any, value: Callable[[Any], Any]) -> Any:
-        found = [value(a) for a in launch.arguments if type(a) is of]
-        return (kind * len(found))(*found)
-
-    code.go(
-        launch.blocks, packed(ctypes.c_void_p, Tensor, Tensor.data_ptr), packed(ctypes.c_longlong, int, int),
-        packed(ctypes.c_int, np.int32, int), packed(ctypes.c_float, np.float32, float),
-    )  # fmt: skip
-    return launch.out.transpose(1, 2)
 
 
 class Case:
@@ -104,8 +66,8 @@ class Case:
 
     def launch(self, blocks: int = 5) -> Launch:
         constants = build_constants(self.kv.codec)
-        anchors = anchor_table(constants, runs_of(self.kv, constants.definitions["RUN"]), self.start.device)
-        workspace = Workspace.make(*Workspace.sizes(self.query, self.kv, blocks), blocks, self.start.device)
+        anchors = anchor_table(constants, runs_of(self.kv.room, constants.definitions["RUN"]), self.start.device)
+        workspace = Workspace.make(*Workspace.sizes(self.query, len(self.query), self.kv.shape[1], blocks), blocks, self.start.device)
         return plan_launch(self.query, self.kv, constants, anchors, workspace, None, self.softcap, self.sinks)
 
 
@@ -195,7 +157,7 @@ def test_kernel_reads_lengths_from_memory(blocks: int) -> None:
     """Shorter sequences than the store holds, among them one of no tokens, whose output is zero; tickets are zero afterwards."""
     case = Case(batch=3, rotary=None, start=(0,), tokens=900)
     launch = case.launch(blocks)
-    lengths, tickets = launch.arguments[9], launch.arguments[22]
+    lengths, tickets = launch.arguments[10], launch.arguments[22]
     lengths[1], lengths[2] = torch.tensor([2, 1]), torch.tensor([0, 0])
     got = run_on_host(launch)
     short = replace(case.kv, packed=256, raw_keys=case.kv.raw_keys[:, :, :1], raw_values=case.kv.raw_values[:, :, :1])
@@ -236,13 +198,11 @@ def test_row_groups_cover_all_queries() -> None:
 def test_tables_that_graphs_may_read_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """A longer cache got a longer table of anchors, and the shorter one was freed while the CUDA graph of another cache read it."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=5))
-    kv = Case(batch=1).kv
-    attention, constants = FusedAttention(torch.device("cpu")), build_constants(kv.codec)
-    first = weakref.ref(attention._anchors_of(constants, kv))
-    records = kv.records.new_empty((*kv.records.shape[:2], 1000, kv.records.shape[3]))
-    longer = attention._anchors_of(constants, replace(kv, records=records))
+    attention, constants = FusedAttention(torch.device("cpu")), build_constants(Case(batch=1).kv.codec)
+    first = weakref.ref(attention.anchors_of(constants, 10))
+    longer = attention.anchors_of(constants, 1000)
     assert first() is not None and first() is not longer and len(longer) >= 504 and torch.equal(first(), longer[: len(first())])
-    assert attention._anchors_of(constants, kv) is longer
+    assert attention.anchors_of(constants, 10) is longer
 
 
 @pytest.mark.gpu

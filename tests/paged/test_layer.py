@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from cache import PagedCache, Sequence
-from made import codec_of, sequence_of, typical_sequence
+from cache import PagedCache, Sequence, codec_of, sequence_of, typical_sequence
 
 from spectralquant.attention.dispatch import attend_packed
 from spectralquant.cache.segment import Segment

@@ -42,5 +42,6 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
             batch.seq_lens[: batch.num_reqs],
             batch.query_start_loc[: batch.num_reqs + 1],
             batch.slot_mapping[: batch.num_actual_tokens],
+            batch.max_query_len,
         )
         return PagedMetadata(batch.num_actual_tokens, step)
