@@ -1,10 +1,11 @@
 """A page: 128 tokens of one layer, all its KV heads, in one run of bytes that a block allocator may hand out, share, copy and move as it likes.
 
-    [records: H * record_bytes] [exact keys: H * E * D * 2 B] [exact values: the same] [serial: 8 B] [places: E * 4 B] [padding to 128 B]
+    [records: H * record_bytes] [keys: H * E * D B] [values: the same] [serial: 8 B] [exponents: 2 * H * E B] [places: E B] [padding to 128 B]
 
-A record is the unit of one head, as everywhere (`codec.layout`). Up to E tokens of a page also stand in it exact, in 16 bits: attention sinks and those that their
-codes would serve badly. `places` says which, 0 .. 127 in ascending order, -1 for none; their gain code is masked. So a page is complete: whoever has it has
-its tokens. Its serial number names the exact copy of all 128 tokens that may lie elsewhere (`paged.recent`), 0 for none.
+A record is the unit of one head, as everywhere (`codec.layout`). Up to E tokens of a page stand in it apart from the codes, in 8 bits: attention sinks and those
+that their codes would serve badly. `places` says which, 0 .. 127 in ascending order, -1 for none; their gain code is masked. Their numbers are integers from
+-127 to 127 times a power of two for each token and head, so that 16-bit products of them are what they would be for 16-bit numbers. So a page is complete:
+whoever has it has its tokens. Its serial number names the exact copy of all 128 tokens that may lie elsewhere (`paged.recent`), 0 for none.
 
 Page 0 belongs to nobody: what has no place to go is written there, so that a fixed sequence of launches serves any number of tokens.
 """
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from spectralquant.codec.layout import GROUPS, PAIRS, UNIT, RecordLayout, byte_order
 
+LARGEST = 127
+"""Integer that the largest coordinate of a token in 8 bits is at most."""
 _ALIGN = 128
-_SERIAL_BYTES, _PLACE_BYTES = 8, 4
+_SERIAL_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class PageLayout:
         record: Of one head.
         heads: KV heads, those of one rank where heads are spread over several.
         head_dim: Their size D.
-        exact: E, tokens that a page holds exact.
+        exact: E, tokens that a page holds apart from its codes.
     """
 
     record: RecordLayout
@@ -43,30 +46,29 @@ class PageLayout:
 
     @property
     def exact_bytes(self) -> int:
-        """Bytes of the exact keys, or values."""
-        return self.heads * self.exact * self.head_dim * 2
+        """Bytes of the integers of K, or V."""
+        return self.heads * self.exact * self.head_dim
 
     @property
-    def exact_keys_begin(self) -> int:
+    def exact_begin(self) -> int:
         return self.records_bytes
 
     @property
-    def exact_values_begin(self) -> int:
-        return self.records_bytes + self.exact_bytes
+    def serial_begin(self) -> int:
+        return self.exact_begin + 2 * self.exact_bytes
 
     @property
-    def serial_begin(self) -> int:
-        return self.records_bytes + 2 * self.exact_bytes
+    def exponents_begin(self) -> int:
+        return self.serial_begin + _SERIAL_BYTES
 
     @property
     def places_begin(self) -> int:
-        return self.serial_begin + _SERIAL_BYTES
+        return self.exponents_begin + 2 * self.heads * self.exact
 
     @property
     def page_bytes(self) -> int:
         """A multiple of 128, so that it is a whole number of bytes per token."""
-        used = self.places_begin + _PLACE_BYTES * self.exact
-        return -(-used // _ALIGN) * _ALIGN
+        return -(-(self.places_begin + self.exact) // _ALIGN) * _ALIGN
 
     @property
     def bytes_per_token(self) -> int:
@@ -76,24 +78,33 @@ class PageLayout:
         """View [..., H, record_bytes] of pages [..., page_bytes] uint8."""
         return pages[..., : self.records_bytes].unflatten(-1, (self.heads, self.record.record_bytes))
 
-    def exact_keys(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
-        """View [..., H, E, D] of pages, in a 16-bit dtype."""
-        return self._rows(pages, self.exact_keys_begin, dtype)
+    def integers(self, pages: Tensor) -> Tensor:
+        """View [..., 2, H, E, D] int8 of pages: tokens that stand apart, keys and values, without their powers of two."""
+        return pages[..., self.exact_begin : self.serial_begin].view(torch.int8).unflatten(-1, (2, self.heads, self.exact, self.head_dim))
 
-    def exact_values(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
-        """View [..., H, E, D] of pages, in a 16-bit dtype."""
-        return self._rows(pages, self.exact_values_begin, dtype)
-
-    def _rows(self, pages: Tensor, first: int, dtype: torch.dtype) -> Tensor:
-        return pages[..., first : first + self.exact_bytes].view(dtype).unflatten(-1, (self.heads, self.exact, self.head_dim))
+    def exponents(self, pages: Tensor) -> Tensor:
+        """View [..., 2, H, E] int8 of pages."""
+        return pages[..., self.exponents_begin : self.places_begin].view(torch.int8).unflatten(-1, (2, self.heads, self.exact))
 
     def serials(self, pages: Tensor) -> Tensor:
         """View [...] int64 of pages."""
-        return pages[..., self.serial_begin : self.places_begin].view(torch.int64)[..., 0]
+        return pages[..., self.serial_begin : self.exponents_begin].view(torch.int64)[..., 0]
 
     def places(self, pages: Tensor) -> Tensor:
-        """View [..., E] int32 of pages: tokens that stand exact."""
-        return pages[..., self.places_begin : self.places_begin + _PLACE_BYTES * self.exact].view(torch.int32)
+        """View [..., E] int8 of pages: tokens that stand apart."""
+        return pages[..., self.places_begin : self.places_begin + self.exact].view(torch.int8)
+
+
+def to_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers [..., D] and exponents [...] int8 of x [..., D]: x is nearly integers * 2^exponents, off by at most 1/127 of its largest coordinate."""
+    exponents = (x.float().abs().amax(-1) / LARGEST).clamp_min(2.0**-126).log2().ceil().clamp(-100, 100)
+    integers = (x.float() * torch.exp2(-exponents)[..., None]).round().clamp(-LARGEST, LARGEST)
+    return integers.to(torch.int8), exponents.to(torch.int8)
+
+
+def from_8_bits(integers: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers [..., D] that `to_8_bits` made these of, in a 16-bit dtype."""
+    return (integers.float() * torch.exp2(exponents.float())[..., None]).to(dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Tokens into pages, one by one: a token is coded as soon as it is there, so a page is complete at any time, whatever happens to its request.
 
-Which tokens of a page stay exact is decided in order: the sinks, and of the others those that need it (`LayerCodec.exact_need`) as long as there is room. So it makes
+Which tokens of a page stand apart from its codes is decided in order: the sinks, and of the others those that need it (`LayerCodec.exact_need`) as long as there is room. So it makes
 no difference whether they came in one piece or in many. Writing a token drops what the page had from there on: of an earlier owner, or of drafts
 that were rejected.
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectralquant.codec.codec import LayerCodec
 from spectralquant.codec.layout import MASKED_GAIN, UNIT
-from spectralquant.paged.layout import PageLayout, token_bytes
+from spectralquant.paged.layout import PageLayout, to_8_bits, token_bytes
 
 AT_ONCE = 2048
 """Tokens coded at a time: what is made on the way takes some hundred bytes per plane and head."""
@@ -112,10 +112,11 @@ def _write_gains(layout: PageLayout, pages: Tensor, page: Tensor, place: Tensor,
 
 
 def _write_exact(layout: PageLayout, pages: Tensor, page: Tensor, entry: Tensor, place: Tensor, keys: Tensor, values: Tensor) -> None:
-    """keys, values [H, N, D] of a 16-bit dtype, to entries [N] of pages [N]."""
-    layout.places(pages)[page, entry] = place.int()
-    layout.exact_keys(pages, keys.dtype)[page, :, entry] = keys.transpose(0, 1)
-    layout.exact_values(pages, keys.dtype)[page, :, entry] = values.transpose(0, 1)
+    """keys, values [H, N, D], to entries [N] of pages [N]."""
+    integers, exponents = to_8_bits(torch.stack([keys, values]))
+    layout.places(pages)[page, entry] = place.to(torch.int8)
+    layout.integers(pages)[page, :, :, entry] = integers.permute(2, 0, 1, 3)
+    layout.exponents(pages)[page, :, :, entry] = exponents.permute(2, 0, 1)
 
 
 def exact_dtype(dtype: torch.dtype, float_dtype: torch.dtype) -> torch.dtype:

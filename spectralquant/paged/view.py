@@ -6,7 +6,7 @@ from torch import Tensor
 from spectralquant.codec.codec import LayerCodec
 from spectralquant.codec.layout import MASKED_GAIN, UNIT, pack_gains
 from spectralquant.codec.packed import PackedKV
-from spectralquant.paged.layout import PageLayout
+from spectralquant.paged.layout import PageLayout, from_8_bits
 
 TILE_TOKENS, GPU_TILE_TOKENS = 2048, 32_768
 """Tokens of one layer that attention in PyTorch unpacks at a time, on a CPU and on a GPU."""
@@ -36,10 +36,8 @@ def packed_view(
     exact_slots = torch.where(places >= 0, places + slots[:, :, :1], -1).flatten(1)
     exact_slots = exact_slots.masked_fill(exact_slots >= limits[:, None], -1).int()
     dtype = raw_keys.dtype if raw_keys.dtype != torch.float32 else codec.exact_dtype
-    unused = (exact_slots < 0)[:, None, :, None]  # of anything, also of what is no number
-    exact_keys, exact_values = (
-        x.transpose(1, 2).flatten(2, 3).masked_fill(unused, 0.0) for x in (layout.exact_keys(own, dtype), layout.exact_values(own, dtype))
-    )
+    exact = from_8_bits(layout.integers(own), layout.exponents(own), dtype).permute(2, 0, 3, 1, 4, 5).flatten(3, 4)  # [2, B, H, U E, D]
+    exact_keys, exact_values = exact.masked_fill((exact_slots < 0)[:, None, :, None], 0.0)  # unused entries are of anything
     start = torch.zeros(batch, dtype=torch.int64, device=pages.device)
     lengths = torch.tensor([[units, raw_keys.shape[2]]], dtype=torch.int32, device=pages.device).expand(batch, -1)
     tile = TILE_TOKENS if pages.device.type == "cpu" else GPU_TILE_TOKENS

@@ -14,7 +14,7 @@ from spectralquant.paged.recent import RecentPages, Step
 from spectralquant.presets import PRESETS
 from spectralquant.rope import Rotary
 
-EXACT, SINKS = 4, 1
+EXACT, SINKS = 8, 1
 
 
 @dataclass

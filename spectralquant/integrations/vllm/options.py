@@ -18,14 +18,14 @@ class Options:
     Attributes:
         preset: Name of a preset.
         calibration: A calibration file, or a folder of `save_pretrained`; None: it is looked for.
-        exact_per_page: Tokens of a page of 128 that stay exact where their codes would serve them badly.
+        exact_per_page: Tokens of a page of 128 that stand in it in 8 bits, where their codes would serve them badly.
         sinks: First tokens of every sequence that stay exact, at most `exact_per_page`.
         recent_pages: Exact copies of recent pages that a process keeps; None: three for each of `--max-num-seqs`, but no more than a sixteenth of the memory.
     """
 
     preset: str = "high"
     calibration: str | None = None
-    exact_per_page: int = 4
+    exact_per_page: int = 8
     sinks: int = 1
     recent_pages: int | None = None
 
