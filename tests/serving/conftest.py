@@ -1,4 +1,4 @@
-"""vLLM in an environment of its own (tests/vllm/install.sh); elsewhere these tests are skipped."""
+"""vLLM in an environment of its own (tests/serving/install.sh); elsewhere these tests are skipped."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +23,7 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.hf_quantizer, model.config.quantization_config = None, None  # it came as GGUF, and is none any more
     del model.config.quantization_config
     model.save_pretrained(folder), tokenizer.save_pretrained(folder)
-    engine = SpectralQuantEngine(calibration_cache=False)
+    engine = SpectralQuantEngine()
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     engine.calibrate(loaded, tokenizer, get_default_calibration_texts(16), progress=False)
     engine.save_pretrained(folder / "spectralquant")

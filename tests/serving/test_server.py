@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from openai import APIError, AsyncOpenAI, OpenAI
-from server import Server
+from vllm_server import Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spectralquant.config import CacheConfig
