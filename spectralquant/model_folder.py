@@ -1,7 +1,7 @@
 """The calibration of a model that is a folder on disk, found and checked without loading its weights.
 
-For servers, where the model that runs is of another class, with fused weights. Names and shapes of parameters come from a model on the
-device "meta", made from the configuration; values from the safetensors files, which are mapped into memory, so that little more than the sample is read.
+For servers, where the model that runs is of another class, with fused weights. Names and shapes of parameters come from a model on the device "meta", made
+from the configuration; values from the safetensors files, which are mapped into memory: of a large tensor only the pages around the sample are read.
 """
 
 import json
