@@ -20,8 +20,13 @@ from spectralquant.codec.layout import UNIT
 
 HELD_UNITS = 2
 """Pages of a sequence that have an exact copy after a step: the one it writes to, and the one before."""
-COPIES_PER_SEQUENCE = HELD_UNITS + 1
-"""Copies that a sequence takes while it goes on to a new page."""
+READING = 16
+"""Sequences that may take in a part of a prompt in one step without a want of copies: they read two, and are given two."""
+
+
+def copies_for(sequences: int) -> int:
+    """Exact copies with which so many sequences can run at a time and always find theirs."""
+    return HELD_UNITS * (sequences + min(sequences, READING))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ class RecentPages:
     """Which pages have exact copies, the same for all layers.
 
     Args:
-        copies: Places for exact copies. Three per sequence that runs at a time are always enough.
+        copies: Places for exact copies, see `copies_for`.
         pages: Pages there are.
         device: Of the pages.
     """

@@ -20,7 +20,7 @@ class Options:
         calibration: A calibration file, or a folder of `save_pretrained`; None: it is looked for.
         exact_per_page: Tokens of a page of 128 that stand in it in 8 bits, where their codes would serve them badly.
         sinks: First tokens of every sequence that stay exact, at most `exact_per_page`.
-        recent_pages: Exact copies of recent pages that a process keeps; None: three for each of `--max-num-seqs`, but no more than a sixteenth of the memory.
+        recent_pages: Exact copies of recent pages that a process keeps; None: enough for `--max-num-seqs`, but no more than a quarter of the device's memory.
     """
 
     preset: str = "high"
@@ -34,7 +34,7 @@ class Options:
         require_int("exact_per_page", self.exact_per_page, 1, 64)
         require_int("sinks", self.sinks, 0, self.exact_per_page)
         if self.recent_pages is not None:
-            require_int("recent_pages", self.recent_pages, 3)
+            require_int("recent_pages", self.recent_pages, 4)
         if self.calibration is not None and not isinstance(self.calibration, str):
             raise ConfigError(f"calibration={self.calibration!r}: expected the path of a calibration file")
 

@@ -17,13 +17,13 @@ from spectralquant.errors import ConfigError, ProfileError
 from spectralquant.integrations.vllm.options import Options, read_options
 from spectralquant.model_folder import find_calibration, fingerprint_of_folder, missing_calibration
 from spectralquant.paged.layout import PageLayout
-from spectralquant.paged.recent import COPIES_PER_SEQUENCE
+from spectralquant.paged.recent import HELD_UNITS, copies_for
 from spectralquant.pretrained import calibration_file
 from spectralquant.profile import Profile, load_profile
 
 _log = logging.getLogger("spectralquant")
-_MEMORY_SHARE = 1 / 16
-"""Of the memory, at most, for exact copies unless the user says how many."""
+_MEMORY_SHARE = 1 / 4
+"""Of the device's memory, at most, for exact copies unless the user says how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def setup_of(vllm_config: Any) -> Setup:
         _require_shapes(file, profile, model)
         heads = heads_of(next(iter(profile.layers.values())).heads, rank, size)
         codecs = build_codec(profile, options.compression, Dials(), device_of(vllm_config), "joint", heads=heads)
-        copies = options.recent_pages or _default_copies(vllm_config, codecs)
+        copies = options.recent_pages or _default_copies(codecs, vllm_config.scheduler_config.max_num_seqs)
         _process.setups[key] = made = Setup(options, codecs, copies, file)
         _announce(made, vllm_config)
     return _process.setups[key]
@@ -172,19 +172,12 @@ def _require_shapes(file: Path, profile: Profile, model_config: Any) -> None:
         raise ProfileError(f"calibration {file} has {got[0]} KV heads of size {got[1]}, the model has {want[0]} of size {want[1]}; calibrate this model")
 
 
-def _default_copies(vllm_config: Any, codecs: dict[int, LayerCodec]) -> int:
-    """Three for each sequence that may run at a time, as far as a share of the memory goes."""
-    sequences = vllm_config.scheduler_config.max_num_seqs
-    return max(min(COPIES_PER_SEQUENCE * sequences, int(_MEMORY_SHARE * memory_of(vllm_config)) // copy_bytes(codecs)), COPIES_PER_SEQUENCE)
-
-
-def memory_of(vllm_config: Any) -> int:
-    """Bytes of the device, or of the cache where the user said how large that is."""
-    if (said := vllm_config.cache_config.kv_cache_memory_bytes) is not None:
-        return said
+def _default_copies(codecs: dict[int, LayerCodec], sequences: int) -> int:
+    """Enough for all sequences that may run at a time, as far as a share of the memory goes."""
     from vllm.platforms import current_platform
 
-    return current_platform.get_device_total_memory()
+    room = int(_MEMORY_SHARE * current_platform.get_device_total_memory()) // copy_bytes(codecs)
+    return max(min(copies_for(sequences), room), copies_for(1))
 
 
 def copy_bytes(codecs: dict[int, LayerCodec]) -> int:
@@ -201,10 +194,10 @@ def _announce(made: Setup, vllm_config: Any) -> None:
         made.options.preset, made.file, len(made.codecs), layout.bytes_per_token, dense, dense / layout.bytes_per_token, made.copies,
         made.copies * copy_bytes(made.codecs) / 2**20,
     )  # fmt: skip
-    if made.copies < COPIES_PER_SEQUENCE * sequences:
-        enough = made.copies // COPIES_PER_SEQUENCE
+    if made.copies < copies_for(sequences):
+        enough = made.copies // HELD_UNITS
         _log.warning(
-            "exact copies of recent pages are enough for %d sequences at a time, --max-num-seqs is %d: with more of them some read codes of their latest tokens; "
+            "exact copies of recent pages are enough for %d sequences at a time, --max-num-seqs is %d: when more run, some read their latest tokens by codes, which costs quality; "
             'lower --max-num-seqs, or raise "recent_pages"', enough, sequences,
         )  # fmt: skip
 
