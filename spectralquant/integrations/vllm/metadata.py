@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from spectralquant.integrations.vllm.setup import setup_of
+from spectralquant.paged.held_step import HeldStep
 from spectralquant.paged.recent import RecentPages, Step
 
 
@@ -23,12 +24,17 @@ class PagedMetadata(AttentionMetadata):
 
 
 class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
-    """Keeps account of the exact copies of its group of layers, which have their pages in common."""
+    """Keeps account of the exact copies of its group of layers, which have their pages in common.
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    A step of one token per sequence is a fixed sequence of launches on tensors that stay where they are, so vLLM may capture it.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        scheduler = vllm_config.scheduler_config
+        self._held = HeldStep(scheduler.max_num_seqs, max(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)) if device.type == "cuda" else None
         self._recent: RecentPages | None = None
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> PagedMetadata:
@@ -36,12 +42,8 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
         if self._recent is None:  # pages are there once memory was measured, after the first builder
             layer = self.vllm_config.compilation_config.static_forward_context[self.layer_names[0]]
             self._recent = RecentPages(setup_of(self.vllm_config).copies, layer.kv_cache.shape[0], self.device)
-        step = self._recent.advance(
-            batch.block_table_tensor[: batch.num_reqs],
-            batch.compute_num_computed_tokens()[: batch.num_reqs],
-            batch.seq_lens[: batch.num_reqs],
-            batch.query_start_loc[: batch.num_reqs + 1],
-            batch.slot_mapping[: batch.num_actual_tokens],
-            batch.max_query_len,
-        )
-        return PagedMetadata(batch.num_actual_tokens, step)
+        rows, tokens = batch.num_reqs, batch.num_actual_tokens
+        starts, after = batch.query_start_loc[: rows + 1], batch.seq_lens[:rows]
+        before = (after - starts.diff()).clamp_min(0)  # rows that only pad a batch have a query and no tokens
+        step = self._recent.advance(batch.block_table_tensor[:rows], before, after, starts, batch.slot_mapping[:tokens], batch.max_query_len)
+        return PagedMetadata(tokens, step if self._held is None else self._held.hold(step))
