@@ -42,9 +42,11 @@ class PagedAttention:
         """
         constants = self._fused.constants_of(codec)
         anchors = self._fused.anchors_of(constants, step.table.shape[1])
-        counting, attention = plan_attend(
-            constants, anchors, layout, recent, query, keys, values, pages, step, scale, softcap, sinks, out, self._fused.blocks
-        )  # fmt: skip
+        planned = plan_attend(constants, anchors, layout, recent, query, keys, values, pages, step, scale, softcap, sinks, out, self._fused.blocks)
+        self.run(*planned)
+
+    def run(self, counting: Launch, attention: AttentionLaunch) -> None:
+        """Launch what was planned on torch's current stream."""
         counting.run(self.device)
         self._fused.launch(attention)
 

@@ -12,7 +12,7 @@ from spectralquant.backend import choose_for_feature, resolve_backend
 from spectralquant.codec.codec import LayerCodec
 from spectralquant.codec.layout import UNIT
 from spectralquant.config import Backend
-from spectralquant.paged.attend_cuda import fused_on
+from spectralquant.paged.attend_cuda import PagedAttention, fused_on
 from spectralquant.paged.layout import PageLayout
 from spectralquant.paged.recent import HELD_UNITS, Step
 from spectralquant.paged.store import exact_dtype, write_tokens
@@ -35,7 +35,7 @@ class Scoring:
 
 
 class PagedLayer:
-    """Codec and exact copies of one layer.
+    """Codec and exact copies of one layer. `kernel` attends where no sequence has more than one new token; None: PyTorch does.
 
     Args:
         codec: The layer's codec, with the KV heads that this process holds.
@@ -52,7 +52,7 @@ class PagedLayer:
         self.exact_dtype: torch.dtype = exact_dtype(dtype, codec.exact_dtype)
         shape, device = ((copies + 1) * UNIT, codec.heads, codec.head_dim), codec.value_norm.device
         choice = choose_for_feature("decode attention", resolve_backend(backend, device))
-        self._kernel = fused_on(device) if choice.name == "cuda" and codec.has_planes else None
+        self.kernel: PagedAttention | None = fused_on(device) if choice.name == "cuda" and codec.has_planes else None
         self.recent_keys: Tensor = torch.zeros(shape, dtype=self.exact_dtype, device=device)
         self.recent_values: Tensor = torch.zeros_like(self.recent_keys)
 
@@ -80,9 +80,9 @@ class PagedLayer:
             scoring: How logits are made.
             out: [N, H G, D], written where sequences have new tokens.
         """
-        if self._kernel is not None and step.longest <= 1:
+        if self.kernel is not None and step.longest <= 1:
             recent = self.recent_keys, self.recent_values
-            self._kernel.attend(self.codec, self.layout, recent, query, keys, values, pages, step, scoring.scale, scoring.softcap, scoring.sinks, out)
+            self.kernel.attend(self.codec, self.layout, recent, query, keys, values, pages, step, scoring.scale, scoring.softcap, scoring.sinks, out)
             return
         starts, before = step.starts.tolist(), step.before.tolist()
         units = self.packed_units(pages, step)
