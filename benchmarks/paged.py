@@ -35,7 +35,7 @@ from spectralquant.paged.recent import COPIES_PER_SEQUENCE, HELD_UNITS, Step
 
 SHAPES = [Shape(1, 8192), Shape(1, 32_768), Shape(8, 32_768)]
 NEW_TOKENS = (1, 8, 64, 256)
-EXACT, SINKS, BEHIND = 4, 4, UNIT // 2
+EXACT, SINKS, BEHIND = 8, 1, UNIT // 2
 DTYPE = torch.float16
 
 
@@ -55,8 +55,8 @@ class Pages:
 
     def _fill(self, layout: PageLayout, used: int) -> None:
         places = torch.rand(len(self.pages), UNIT, device=self.device, generator=self.make).argsort(-1)[:, :used].sort(-1).values
-        layout.places(self.pages)[:] = torch.nn.functional.pad(places, (0, EXACT - used), value=-1).int()
-        layout.exact_keys(self.pages, DTYPE).normal_(generator=self.make), layout.exact_values(self.pages, DTYPE).normal_(generator=self.make)
+        layout.places(self.pages)[:] = torch.nn.functional.pad(places, (0, EXACT - used), value=-1).to(torch.int8)
+        layout.exponents(self.pages).fill_(-6)
         records, gains = layout.records(self.pages), token_bytes(layout.record, self.device).gains
         shape = (*records.shape[:2], gains.numel())
         records[:, :, gains.flatten()] = torch.randint(124, 133, shape, dtype=torch.uint8, device=self.device, generator=self.make)

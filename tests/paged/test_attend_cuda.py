@@ -22,6 +22,7 @@ from spectralquant.errors import BackendError, ShapeError
 from spectralquant.kernels.launch import Launch
 from spectralquant.paged.attend_cuda import PagedAttention, plan_attend
 from spectralquant.paged.layer import PagedLayer, Scoring
+from spectralquant.paged.layout import from_8_bits
 from spectralquant.paged.recent import Step
 
 MACHINES = [
@@ -30,8 +31,8 @@ MACHINES = [
 ]
 ERROR = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 """Relative RMS of the output, as tests/attention/test_cuda.py has it."""
-GARBAGE = 0xFF
-"""A byte of NaN in every type."""
+GARBAGE, INFINITE = 0xFF, -128
+"""A byte of NaN in every type, and an exponent of 8 bits beyond those of floats."""
 
 LENGTHS = [1, 127, 128, 300, 385, 700]
 CASES: dict[str, dict[str, Any]] = {
@@ -93,9 +94,8 @@ class Case:
         owned = torch.tensor([page for s in self.work for page in s.pages], device=self.device)
         other = torch.ones(len(pages), dtype=torch.bool, device=self.device).index_fill(0, owned, False)
         pages[other] = GARBAGE
-        unused = (layout.places(pages) < 0)[:, None, :, None]
-        for rows in (layout.exact_keys(pages, self.layer.exact_dtype), layout.exact_values(pages, self.layer.exact_dtype)):
-            rows.masked_fill_(unused, torch.nan)
+        unused = (layout.places(pages) < 0)[:, None, None]
+        layout.exponents(pages).masked_fill_(unused, INFINITE)
         read = self.step.read_copies[self.step.read_copies >= 0]
         rows = torch.ones(len(self.layer.recent_keys) // UNIT, dtype=torch.bool, device=self.device).index_fill(0, read, False).repeat_interleave(UNIT)
         self.layer.recent_keys[rows] = self.layer.recent_values[rows] = torch.nan
@@ -121,11 +121,9 @@ class Case:
         layout, dtype, (units, raw) = self.layer.layout, self.layer.exact_dtype, lengths.tolist()
         own = self.cache.pages[self.step.table[which, :units].long()]  # [B, units, page_bytes]
         places = layout.places(own)
-        slots = torch.where(places >= 0, places + UNIT * torch.arange(units, device=self.device)[:, None], -1).flatten(1)
-        keys, values = (
-            x.transpose(1, 2).flatten(2, 3).masked_fill((slots < 0)[:, None, :, None], 0.0)
-            for x in (layout.exact_keys(own, dtype), layout.exact_values(own, dtype))
-        )
+        slots = torch.where(places >= 0, places.int() + UNIT * torch.arange(units, device=self.device)[:, None], -1).flatten(1)
+        exact = from_8_bits(layout.integers(own), layout.exponents(own), dtype).permute(2, 0, 3, 1, 4, 5).flatten(3, 4)  # [2, B, H, E of all, D]
+        keys, values = exact.masked_fill((slots < 0)[:, None, :, None], 0.0)
         behind = slice(UNIT * units, UNIT * units + raw)
         raw_keys = torch.stack([self.work[i].keys[:, behind] for i in which]).to(dtype)
         raw_values = torch.stack([self.work[i].values[:, behind] for i in which]).to(dtype)
