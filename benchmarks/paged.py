@@ -7,7 +7,7 @@ measures it: CUDA graphs of calls over several caches that together are larger t
 of `PagedLayer.attend`; the contiguous kernel reads what benchmarks/attention.py has it read. `error` is the relative root mean square against attention of
 the same pages in PyTorch.
 
-`store`: `PagedLayer.store` of the next token of so many sequences, launched one by one and as a CUDA graph.
+`store`: `PagedLayer.store` of the next token of so many sequences, by kernels and by PyTorch, launched one by one and as a CUDA graph.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from spectralquant.codec.layout import MASKED_GAIN, UNIT
 from spectralquant.files import write_json
 from spectralquant.paged.layer import PagedLayer, Scoring
 from spectralquant.paged.layout import PageLayout, token_bytes
-from spectralquant.paged.recent import COPIES_PER_SEQUENCE, HELD_UNITS, Step
+from spectralquant.paged.recent import HELD_UNITS, Step
 
 SHAPES = [Shape(1, 8192), Shape(1, 32_768), Shape(8, 32_768)]
 NEW_TOKENS = (1, 8, 64, 256)
@@ -45,7 +46,7 @@ class Pages:
     def __init__(self, codec: LayerCodec, shape: Shape, batches: int, device: torch.device) -> None:
         self.make = torch.Generator(device).manual_seed(7)
         self.shape, self.device, units = shape, device, shape.context // UNIT
-        self.layer = PagedLayer(codec, DTYPE, EXACT, SINKS, COPIES_PER_SEQUENCE * shape.batch * batches, backend="cuda")
+        self.layer = PagedLayer(codec, DTYPE, EXACT, SINKS, HELD_UNITS * shape.batch * batches, backend="cuda")
         layout, count = self.layer.layout, batches * shape.batch * units + 1
         self.pages = torch.randint(0, 256, (count, layout.page_bytes), dtype=torch.uint8, device=device, generator=self.make)
         self._fill(layout, min(EXACT, round(codec.exact_bound * UNIT)))
@@ -127,10 +128,12 @@ def copies_of(size: int) -> int:
     return max(4, -(-BEYOND_L2 // size))
 
 
-def measure_store(new: int, quantizer: str, device: torch.device) -> dict[str, Any]:
+def measure_store(new: int, quantizer: str, kernels: bool, device: torch.device) -> dict[str, Any]:
     shape = Shape(new, 2 * UNIT)
     codec = make_codec(shape, device, quantizer)
     pages = Pages(codec, shape, 1, device)
+    if not kernels:
+        pages.layer.writer = None
     step, new_keys, new_values = pages.step(0), pages.vectors(shape.heads), pages.vectors(shape.heads)
 
     def store() -> None:
@@ -142,7 +145,7 @@ def measure_store(new: int, quantizer: str, device: torch.device) -> dict[str, A
         store()
         torch.cuda.synchronize()
         times.append((time.perf_counter() - began) * 1e6)
-    return {"new_tokens": new, "quantizer": quantizer, "graph_us": graphed, "eager_us": sorted(times)[3]}
+    return {"new_tokens": new, "quantizer": quantizer, "kernels": kernels, "graph_us": graphed, "eager_us": sorted(times)[3]}
 
 
 @torch.no_grad()
@@ -165,10 +168,11 @@ def main() -> None:
         print(f"{row['shape']:45s} " + " ".join(f"{k} {row[k]:.3g}" for k in ("us", "contiguous_us", "sdpa_us", "ratio", "to_contiguous", "error")), flush=True)
         write_json(Path(args.out), document)
     for quantizer in ("uniform", "joint"):
-        for new in NEW_TOKENS:
-            row = measure_store(new, quantizer, device)
+        for new, kernels in product(NEW_TOKENS, (True, False)):
+            row = measure_store(new, quantizer, kernels, device)
             document["store"].append(row)
-            print(f"store {quantizer:8s} {new:4d} tokens: graph {row['graph_us']:.1f} us, eager {row['eager_us']:.1f} us", flush=True)
+            by = "kernels" if kernels else "PyTorch"
+            print(f"store {quantizer:8s} {new:4d} tokens by {by}: graph {row['graph_us']:.1f} us, eager {row['eager_us']:.1f} us", flush=True)
             write_json(Path(args.out), document)
 
 

@@ -3,8 +3,8 @@
     compute-sanitizer --tool racecheck --kernel-name kns=attend --error-exitcode 9 python benchmarks/sanitize.py [HEAD_SIZE ...]
 
 One layer takes two sequences of different lengths in a long and a short piece, and goes on until a block leaves the window: encoding, the choice of exact
-tokens, attention of one and of few queries with units of padding to skip, a token's place in the window. Then keys and values are decoded, and attention reads
-pages. There is no model around it: racecheck doesn't survive cuBLAS.
+tokens, attention of one and of few queries with units of padding to skip, a token's place in the window. Then keys and values are decoded, and a step
+writes and reads pages. There is no model around it: racecheck doesn't survive cuBLAS.
 """
 
 import sys
@@ -57,10 +57,11 @@ def run(dim: int) -> None:
 
 
 def attend_pages(codec: LayerCodec, dim: int) -> Tensor:
-    """A step of single tokens over random pages, one of which has lost its exact copy."""
+    """A step of single tokens, written to random pages and attended, one of which has lost its exact copy."""
     pages = Pages(codec, Shape(BATCH, 512, dim, GROUPS, heads=HEADS), 1, DEVICE)
     step, query, key, value = pages.step(0), *(pages.vectors(heads) for heads in (HEADS * GROUPS, HEADS, HEADS))
     pages.layer.layout.serials(pages.pages)[step.read_pages[0, 0]] = 0
+    pages.layer.store(pages.pages, key, value, step)
     out = torch.full_like(query, torch.nan, dtype=DTYPE)
     pages.layer.attend(query, key, value, pages.pages, step, Scoring(), out)
     return out

@@ -28,12 +28,14 @@ class Sequence:
     length: int = 0
 
 
-def codec_of(heads: int = 2, dim: int = 64, anchored: bool = True, device: str = "cpu", groups: int = 0, **choices: Any) -> LayerCodec:
+def codec_of(
+    heads: int = 2, dim: int = 64, anchored: bool = True, device: str = "cpu", groups: int = 0, quantizer: str = "uniform", **choices: Any
+) -> LayerCodec:
     """groups: query heads per KV head that have a missing mass; 0: none has."""
     rotary = Rotary(synthetic.inv_freq(dim // 2)) if anchored else None
     profile = synthetic.profile(heads, dim, (0,), rotary=rotary, exact_share=0.02, **{"exact_error": 0.0, **choices})
     layer = replace(profile.layers[0], missing_mass=0.1 * torch.randn(heads, groups) if groups else None)
-    return build_codec(replace(profile, layers={0: layer}), PRESETS["high"], Dials(), device)[0]
+    return build_codec(replace(profile, layers={0: layer}), PRESETS["high"], Dials(), device, quantizer)[0]
 
 
 def sequence_of(codec: LayerCodec, length: int, seed: int, small: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Sequence:

@@ -250,6 +250,7 @@ def test_layer_on_the_device() -> None:
     backends: tuple[Backend, ...] = ("reference", "cuda")
     for backend in backends:
         cache, work = PagedCache(codec, dtype=torch.bfloat16, backend=backend), [sequence_of(codec, n + 150, n, (n // 2,), torch.bfloat16) for n in lengths]
+        cache.layer.writer = None  # codes up to rounding are not the point here
         counts = [lengths, *[[1] * len(lengths)] * 140]
         made.append([cache.step(list(zip(work, count, strict=True))) for count in counts])
     for want, got in zip(*made, strict=True):
