@@ -78,13 +78,13 @@ def made_up_sides(heads: int, dim: int) -> tuple[SideProfile, SideProfile]:
     return side(), side()
 
 
-def make_codec(shape: Shape, device: torch.device) -> LayerCodec:
+def make_codec(shape: Shape, device: torch.device, quantizer: str = "uniform") -> LayerCodec:
     """A codec of made-up spectra: its constants have the shapes of real ones."""
     heads, dim = shape.heads, shape.dim
     key, value = made_up_sides(heads, dim)
     rotary = Rotary(1e6 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))) if shape.anchored else None
     layer = LayerProfile(key, value, torch.ones(heads), 10.0, rotary)
-    return build_codec(Profile({0: layer}, Choices(planes_first=True), {}, {}), PRESETS[shape.preset], Dials(), device, "uniform")[0]
+    return build_codec(Profile({0: layer}, Choices(planes_first=True), {}, {}), PRESETS[shape.preset], Dials(), device, quantizer)[0]
 
 
 def make_cache(codec: LayerCodec, shape: Shape, seed: int, device: torch.device) -> PackedKV:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one go: tests of the kernels, the sanitizers where they are installed, and the benchmarks.
 #
-#     benchmarks/gpu.sh [FOLDER]      writes attention-, decoding- and first-use-<card>.json to FOLDER, default benchmarks/results
+#     benchmarks/gpu.sh [FOLDER]      writes attention-, paged-, decoding- and first-use-<card>.json to FOLDER, default benchmarks/results
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,5 +17,6 @@ if command -v compute-sanitizer > /dev/null; then
     done
 fi
 python benchmarks/attention.py --out "$out/attention-$card.json"
+python benchmarks/paged.py --out "$out/paged-$card.json"
 python benchmarks/first_use.py --out "$out/first-use-$card.json"
 python benchmarks/decoding.py --out "$out/decoding-$card.json"

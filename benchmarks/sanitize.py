@@ -3,20 +3,22 @@
     compute-sanitizer --tool racecheck --kernel-name kns=attend --error-exitcode 9 python benchmarks/sanitize.py [HEAD_SIZE ...]
 
 One layer takes two sequences of different lengths in a long and a short piece, and goes on until a block leaves the window: encoding, the choice of exact
-tokens, attention of one and of few queries with units of padding to skip, a token's place in the window. Then keys and values are decoded. There is no model
-around it: racecheck doesn't survive cuBLAS.
+tokens, attention of one and of few queries with units of padding to skip, a token's place in the window. Then keys and values are decoded, and a step
+writes and reads pages. There is no model around it: racecheck doesn't survive cuBLAS.
 """
 
 import sys
 
 import torch
-from attention import made_up_sides
+from attention import Shape, made_up_sides
+from paged import DTYPE, Pages
 from torch import Tensor
 
 from spectralquant.attention.cuda import FusedAttention
 from spectralquant.cache.segment import Segment
-from spectralquant.codec.codec import build_codec
+from spectralquant.codec.codec import LayerCodec, build_codec
 from spectralquant.config import CacheConfig, Dials
+from spectralquant.paged.layer import Scoring
 from spectralquant.presets import PRESETS
 from spectralquant.profile import Choices, LayerProfile, Profile
 from spectralquant.rope import Rotary
@@ -49,9 +51,20 @@ def run(dim: int) -> None:
         segment.count_step()
         outs.append(kernel.attend(random(BATCH, HEADS * GROUPS, 1, dim), view))
     dense = [view.dense(which)[:, :, : segment.length] for which in ("key", "value")]
-    if not all(bool(x.isfinite().all()) for x in (*outs, *dense)):
+    if not all(bool(x.isfinite().all()) for x in (*outs, *dense, attend_pages(codec, dim))):
         sys.exit(f"D = {dim}: not finite")
     print(f"D = {dim}: {segment.length} tokens, {segment.packed} of them packed")
+
+
+def attend_pages(codec: LayerCodec, dim: int) -> Tensor:
+    """A step of single tokens, written to random pages and attended, one of which has lost its exact copy."""
+    pages = Pages(codec, Shape(BATCH, 512, dim, GROUPS, heads=HEADS), 1, DEVICE)
+    step, query, key, value = pages.step(0), *(pages.vectors(heads) for heads in (HEADS * GROUPS, HEADS, HEADS))
+    pages.layer.layout.serials(pages.pages)[step.read_pages[0, 0]] = 0
+    pages.layer.store(pages.pages, key, value, step)
+    out = torch.full_like(query, torch.nan, dtype=DTYPE)
+    pages.layer.attend(query, key, value, pages.pages, step, Scoring(), out)
+    return out
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ struct Pointer { void* p; template <class T> operator T*() const { return (T*)p;
 extern "C" void go(unsigned grid, void** p, long long* l, int* n, float* f) { run(KERNEL, grid, THREADS_OF, ARGUMENTS); }
 """
 _SHARED_SIZE = 'extern "C" unsigned shared_size() { return sizeof(Shared); }\n'
-_KINDS = {
+_KINDS: dict[type, tuple[str, Any]] = {
     Tensor: ("Pointer{{p[{}]}}", ctypes.c_void_p),
     int: ("l[{}]", ctypes.c_longlong),
     np.int32: ("n[{}]", ctypes.c_int),
     np.float32: ("f[{}]", ctypes.c_float),
+    type(None): ("Pointer{{nullptr}}", ctypes.c_void_p),
 }
 
 
@@ -46,7 +47,7 @@ def attend_on_host(launch: Launch) -> None:
 
 
 def launch_on_host(launch: plain.Launch) -> None:
-    """Any other kernel without shared memory."""
+    """Any other kernel."""
     kinds = tuple(map(type, launch.arguments))
     _go(_library(launch.source, launch.kernel, frozenset(launch.definitions.items()), launch.threads, kinds), launch.blocks, launch.arguments)
 
@@ -59,8 +60,8 @@ def _library(source: str, kernel: str, definitions: frozenset[tuple[str, int]], 
 
 
 def _go(code: ctypes.CDLL, blocks: int, arguments: Sequence[Any]) -> None:
-    packed = []
-    for kind, (_, of) in _KINDS.items():
+    packed: list[Any] = []
+    for kind, (_, of) in list(_KINDS.items())[:4]:
         found = [a.data_ptr() if kind is Tensor else kind(a) if kind is int else kind(a).item() for a in arguments if type(a) is kind]
         packed.append((of * len(found))(*found))
     code.go(blocks, *packed)

@@ -48,6 +48,7 @@ REPRESENTATIVE: dict[str, list[dict[str, int]]] = {
     ],
     "exact.cu": [{"D": 128}, {"D": 80}],
     "pages.cu": [{}],
+    "tokens.cu": [{"D": 128, "PK": 128, "PV": 160, "IS_BF16": 1}, {"D": 80, "PK": 80, "PV": 96, "IS_BF16": 0}],
     "append.cu": [{"D": 128}, {"D": 80}],
     "dense.cu": [
         _DENSE,

@@ -5,6 +5,7 @@ Per side one launch turns, centres and whitens into float32, which is written on
 codebook vectors, and the order of bits.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -80,19 +81,34 @@ class FusedEncoder:
         Raises:
             BackendError: The kernels can't be built.
         """
+        return self._encode(
+            codec, records, lambda is_key, by_coordinate: plan_whitening(codec, keys if is_key else values, before, start, is_key, by_coordinate)
+        )
+
+    def encode_tokens(self, codec: LayerCodec, keys: Tensor, values: Tensor, positions: Tensor, records: Tensor) -> tuple[Encoding, Encoding, Tensor]:
+        """`encode` of tokens [N, H, D] at positions [N] of any sequences, one after another in records [1, H, units, record_bytes]. What is beyond N tokens
+        has no meaning."""
+        return self._encode(codec, records, lambda is_key, by_coordinate: plan_tokens(codec, keys if is_key else values, positions, is_key, by_coordinate))
+
+    def run(self, launch: Launch) -> None:
+        """Launch on torch's current stream."""
+        launch.run(self.device)
+
+    def _encode(self, codec: LayerCodec, records: Tensor, whitened: Callable[[bool, bool], Whitening]) -> tuple[Encoding, Encoding, Tensor]:
+        """`whitened`: plans a side, K or not, by coordinate or not."""
         if id(codec) not in self._tables:
             quantizer = codec.value.quantizer
             self._tables[id(codec)] = (codec, joint_tables(quantizer) if isinstance(quantizer, JointPlanes) else None)
         tables = self._tables[id(codec)][1]
         key_codes, _, value_codes, _ = codec.layout.split(records)
-        white = plan_whitening(codec, keys, before, start, True, False)
-        white.launch.run(self.device)
+        white = whitened(True, False)
+        self.run(white.launch)
         key = plan_scalar(codec.key, white.u, key_codes, True)
-        key.launch.run(self.device)
-        white = plan_whitening(codec, values, before, start, False, tables is not None)
-        white.launch.run(self.device)
+        self.run(key.launch)
+        white = whitened(False, tables is not None)
+        self.run(white.launch)
         value = plan_scalar(codec.value, white.u, value_codes, False) if tables is None else plan_joint(codec.value, tables, white.u, value_codes)
-        value.launch.run(self.device)
+        self.run(value.launch)
         assert white.sizes is not None
         return key, value, white.sizes
 
@@ -113,12 +129,35 @@ def plan_whitening(codec: LayerCodec, x: Tensor, before: Tensor, start: Tensor, 
         x = x.float()
     if x.stride(-1) != 1:
         x = x.contiguous()
-    side, frame = (codec.key, codec.frame) if is_key else (codec.value, None)
+    side = codec.key if is_key else codec.value
     units = count // UNIT
     u = x.new_empty((batch, heads, units, dim, UNIT) if by_coordinate else (batch, heads, count, dim), dtype=torch.float32)
     sizes = None if is_key else x.new_empty((batch, heads, count), dtype=torch.float32)
+    definitions, turning = _whitening(codec, x, is_key, by_coordinate)
+    arguments = (
+        x, side.encode_matrix, side.mean, *turning, start, before, u, sizes, x.stride(0), x.stride(1), x.stride(2), heads, units,
+    )  # fmt: skip
+    tiles, columns = _column_tiles(dim)
+    shared = 4 * 2 * 16 * (UNIT + 4 + 16 * columns) + 4 * dim
+    return Whitening(Launch("whiten.cu", "whiten", definitions, arguments, batch * heads * units * tiles, THREADS, shared), u, sizes)
+
+
+def plan_tokens(codec: LayerCodec, x: Tensor, positions: Tensor, is_key: bool, by_coordinate: bool) -> Whitening:
+    """`plan_whitening` of tokens x [N, H, D], the last dimension contiguous, at positions [N]: one sequence of whole units, zeros at its end."""
+    (count, heads, dim), side = x.shape, codec.key if is_key else codec.value
+    units = -(-count // UNIT)
+    u = x.new_zeros((1, heads, units, dim, UNIT) if by_coordinate else (1, heads, units * UNIT, dim), dtype=torch.float32)
+    sizes = None if is_key else x.new_empty((1, heads, units * UNIT), dtype=torch.float32)
+    definitions, turning = _whitening(codec, x, is_key, by_coordinate)
+    arguments = (x, side.encode_matrix, side.mean, *turning, positions, u, sizes, *x.stride()[:2], heads, units)
+    return Whitening(Launch("whiten.cu", "whiten_token", definitions, arguments, count * heads, THREADS, 6 * dim), u, sizes)
+
+
+def _whitening(codec: LayerCodec, x: Tensor, is_key: bool, by_coordinate: bool) -> tuple[dict[str, int], tuple[Tensor | None, Tensor | None]]:
+    """Definitions of whiten.cu, and the tables of the frame."""
+    frame = codec.frame if is_key else None
     definitions = {
-        "D": dim,
+        "D": x.shape[-1],
         "DTYPE": _DTYPES[x.dtype],
         "RUN": frame.run if frame is not None else 0,
         "PAIRS": len(frame.rotary.inv_freq) if frame is not None else 0,
@@ -127,13 +166,7 @@ def plan_whitening(codec: LayerCodec, x: Tensor, before: Tensor, start: Tensor, 
         "BY_COORDINATE": int(by_coordinate),
         "SIZES": int(not is_key),
     }
-    turning = (frame.rotary.inv_freq, frame.turns) if frame is not None else (None, None)
-    arguments = (
-        x, side.encode_matrix, side.mean, *turning, start, before, u, sizes, x.stride(0), x.stride(1), x.stride(2), heads, units,
-    )  # fmt: skip
-    tiles, columns = _column_tiles(dim)
-    shared = 4 * 2 * 16 * (UNIT + 4 + 16 * columns) + 4 * dim
-    return Whitening(Launch("whiten.cu", "whiten", definitions, arguments, batch * heads * units * tiles, THREADS, shared), u, sizes)
+    return definitions, (frame.rotary.inv_freq, frame.turns) if frame is not None else (None, None)
 
 
 def _column_tiles(dim: int) -> tuple[int, int]:

@@ -119,9 +119,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(
     int positions,
 #if USE_PAGES
     int exact,
-    int exact_keys,
-    int exact_values,
-    int exact_places,
+    int integers,
+    int exponents,
+    int places,
 #else
     int units,
     int exact,
@@ -140,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend(
     const Arguments a = {query, pages, page_table, recent_keys, recent_values, copies, new_keys, new_values, tokens, lengths, transform, table, scales,
                          anchors, turns, value_rows, value_mean, missing_mass, sinks, out, partials, tickets,
                          {query_stride_batch, query_stride_head, query_stride_position}, page_stride, table_stride, {key_stride_token, key_stride_head},
-                         {value_stride_token, value_stride_head}, batch, heads, groups, positions, exact, exact_keys, exact_values, exact_places,
+                         {value_stride_token, value_stride_head}, batch, heads, groups, positions, exact, integers, exponents, places,
                          row_groups, blocks_per_line, rotary_pairs, interleaved, scale, softcap};
 #else
     const Arguments a = {query, records, prefix, prefix_rows, exact_keys, exact_values, exact_slots, raw_keys, raw_values, start, lengths, transform, table,

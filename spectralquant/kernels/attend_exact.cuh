@@ -8,10 +8,13 @@
 struct Row {
     const u16 *key, *value;
     int slot;
+#if USE_PAGES
+    float key_scale, value_scale;  // of one in 8 bits, whose bytes `key` and `value` point to
+#endif
 };
 
 #if USE_PAGES
-// 32 exact tokens: of pages, all entries of a sequence's pages in order, or behind its units.
+// 32 exact tokens: of pages, in 8 bits, all entries of a sequence's pages in order, or behind its units.
 struct Tile {
     bool raw;
     int first, count;  // first row of the tile, rows of the sequence
@@ -23,26 +26,35 @@ __device__ __forceinline__ Tile tile_of(const Arguments& a, const Stretch& s, in
     return {true, (at - exact_tiles) * TILE, s.raw};
 }
 
+__device__ __forceinline__ Row row_behind_units(const Arguments& a, const Stretch& s, int i) {
+    Row found = {};
+    if (i == s.raw - 1) {  // the new token
+        found.key = a.new_keys + s.place * a.key_strides[0] + s.head * a.key_strides[1];
+        found.value = a.new_values + s.place * a.value_strides[0] + s.head * a.value_strides[1];
+    } else {
+        const i64 copy = a.copies[2 * s.batch + 1 + i / UNIT - (s.raw - 1) / UNIT], at = ((copy * UNIT + i % UNIT) * a.heads + s.head) * D;
+        found.key = a.recent_keys + at, found.value = a.recent_values + at;
+    }
+    found.slot = s.units * UNIT + i;
+    return found;
+}
+
+// 2^exponent
+__device__ __forceinline__ float power_of_two(signed char exponent) { return __uint_as_float((u32)(exponent + 127) << 23); }
+
+__device__ __forceinline__ Row row_of_page(const Arguments& a, const Stretch& s, int i) {
+    const int unit = (u32)i / (u32)a.exact, entry = i - unit * a.exact, key = s.head * a.exact + entry, value = key + a.heads * a.exact;
+    const u8* page = page_of(a, s, unit);
+    const signed char* exponents = (const signed char*)(page + a.exponents);
+    const int place = ((const signed char*)(page + a.places))[entry];
+    return {(const u16*)(page + a.integers + key * D), (const u16*)(page + a.integers + value * D), place < 0 ? NOWHERE : unit * UNIT + place,
+            power_of_two(exponents[key]), power_of_two(exponents[value])};
+}
+
 // Of rows beyond the last one, that one, but nowhere.
 __device__ __forceinline__ Row row_of(const Arguments& a, const Stretch& s, const Tile& t, int row) {
     const int i = min(row, t.count - 1);
-    Row found;
-    if (t.raw) {
-        if (i == s.raw - 1) {  // the new token
-            found.key = a.new_keys + s.place * a.key_strides[0] + s.head * a.key_strides[1];
-            found.value = a.new_values + s.place * a.value_strides[0] + s.head * a.value_strides[1];
-        } else {
-            const i64 copy = a.copies[2 * s.batch + 1 + i / UNIT - (s.raw - 1) / UNIT], at = ((copy * UNIT + i % UNIT) * a.heads + s.head) * D;
-            found.key = a.recent_keys + at, found.value = a.recent_values + at;
-        }
-        found.slot = s.units * UNIT + i;
-    } else {
-        const int unit = (u32)i / (u32)a.exact, entry = i - unit * a.exact, at = (s.head * a.exact + entry) * D;
-        const u8* page = page_of(a, s, unit);
-        const int place = ((const int*)(page + a.exact_places))[entry];
-        found.key = (const u16*)(page + a.exact_keys) + at, found.value = (const u16*)(page + a.exact_values) + at;
-        found.slot = place < 0 ? NOWHERE : unit * UNIT + place;
-    }
+    Row found = t.raw ? row_behind_units(a, s, i) : row_of_page(a, s, i);
     if (row != i) found.slot = NOWHERE;
     return found;
 }
@@ -87,11 +99,41 @@ __device__ __forceinline__ Row row_of(const Arguments&, const Stretch&, const Ti
 }
 #endif
 
-// Lanes read 8 bytes of a row, 4 dims, as k 2c, 2c + 1, 2c + 8, 2c + 9 of fragment g.
-__device__ __forceinline__ Pair32 read_dims(const u16* row, int g) { return *(const Pair32*)(row + 16 * g + 4 * (threadIdx.x & 3)); }
+// Four integers of 8 bits times a power of two; exact: 2^23 + 128 + x is a float.
+__device__ __forceinline__ Pair32 from_8_bits(u32 word, float scale) {
+    float x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] = fmaf(__uint_as_float(__byte_perm(word ^ 0x80808080u, 0x4b000000u, 0x7650 | i)), scale, -8388736.f * scale);
+    return {pack_exact(x[0], x[1]), pack_exact(x[2], x[3])};
+}
 
-// Whether what stands in a row may meet the tensor cores: unused entries of a page are of anything, and nothing times NaN is NaN.
-__device__ __forceinline__ bool is_number(const Row& row) { return !USE_PAGES || row.slot != NOWHERE; }
+// Keys or values of two rows. Lanes read 4 dims of a chunk, as k 2c, 2c + 1, 2c + 8, 2c + 9 of its fragment.
+template <bool KEYS>
+__device__ __forceinline__ void read_rows(const Tile& t, const Row (&rows)[2], Pair32 (&x)[2][DIM_CHUNKS]) {
+    const int c = threadIdx.x & 3;
+#if USE_PAGES
+    if (!t.raw) {
+        u32 words[2][DIM_CHUNKS];
+#pragma unroll
+        for (int g = 0; g < DIM_CHUNKS; g++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) words[i][g] = ((const u32*)(KEYS ? rows[i].key : rows[i].value))[4 * g + c];
+#pragma unroll
+        for (int g = 0; g < DIM_CHUNKS; g++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                // Unused entries are of anything, and zero times infinity is no number. They are read in any case: which they are is still on its way.
+                x[i][g] = from_8_bits(words[i][g], KEYS ? rows[i].key_scale : rows[i].value_scale);
+                if (rows[i].slot == NOWHERE) x[i][g] = {0, 0};
+            }
+        return;
+    }
+#endif
+#pragma unroll
+    for (int g = 0; g < DIM_CHUNKS; g++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) x[i][g] = *(const Pair32*)((KEYS ? rows[i].key : rows[i].value) + 16 * g + 4 * c);
+}
 
 __device__ __forceinline__ void mma_dense(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if IS_BF16
@@ -120,19 +162,13 @@ __device__ void dense_step(const Arguments& a, const Stretch& s, const Shared& s
     for (int j = 0; j < 2; j++) {
         const Row &low = rows[j][0], &high = rows[j][1];
         score[j][0] = score[j][1] = score[j][2] = score[j][3] = 0.f;
-        Pair32 v0[DIM_CHUNKS], v1[DIM_CHUNKS];
-#pragma unroll
-        for (int g = 0; g < DIM_CHUNKS; g++) v0[g] = read_dims(low.key, g), v1[g] = read_dims(high.key, g);
-#pragma unroll
-        for (int g = 0; g < DIM_CHUNKS; g++) {  // read in any case: where tokens stand is still on its way
-            if (!is_number(low)) v0[g] = {0, 0};
-            if (!is_number(high)) v1[g] = {0, 0};
-        }
+        Pair32 k[2][DIM_CHUNKS];
+        read_rows<true>(t, rows[j], k);
 #pragma unroll
         for (int g = 0; g < DIM_CHUNKS; g++) {
-            mma_dense(score[j], v0[g].x, v1[g].x, v0[g].y, v1[g].y, sm.dense_query[g][0][lane][0], sm.dense_query[g][0][lane][1]);
+            mma_dense(score[j], k[0][g].x, k[1][g].x, k[0][g].y, k[1][g].y, sm.dense_query[g][0][lane][0], sm.dense_query[g][0][lane][1]);
 #if FLOAT_QUERY
-            mma_dense(score[j], v0[g].x, v1[g].x, v0[g].y, v1[g].y, sm.dense_query[g][1][lane][0], sm.dense_query[g][1][lane][1]);
+            mma_dense(score[j], k[0][g].x, k[1][g].x, k[0][g].y, k[1][g].y, sm.dense_query[g][1][lane][0], sm.dense_query[g][1][lane][1]);
 #endif
         }
 #pragma unroll
@@ -163,13 +199,11 @@ __device__ void dense_step(const Arguments& a, const Stretch& s, const Shared& s
 #else
         const u32 b0 = transposed(pack_f16(p[0], p[1])), b1 = transposed(pack_f16(p[2], p[3]));
 #endif
-        const Row &low = rows[j][0], &high = rows[j][1];
+        Pair32 v[2][DIM_CHUNKS];
+        read_rows<false>(t, rows[j], v);
 #pragma unroll
         for (int g = 0; g < DIM_CHUNKS; g++) {
-            Pair32 x = {0, 0}, y = {0, 0};
-            if (is_number(low)) x = read_dims(low.value, g);
-            if (is_number(high)) y = read_dims(high.value, g);
-            const u32 f0 = transposed(x.x), f1 = transposed(x.y), f2 = transposed(y.x), f3 = transposed(y.y);
+            const u32 f0 = transposed(v[0][g].x), f1 = transposed(v[0][g].y), f2 = transposed(v[1][g].x), f3 = transposed(v[1][g].y);
             mma_dense(st.dense[g], f0, f1, f2, f3, b0, b1);
 #if IS_BF16
             mma_dense(st.dense[g], f0, f1, f2, f3, rest0, rest1);

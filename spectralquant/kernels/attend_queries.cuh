@@ -13,9 +13,6 @@ __device__ __forceinline__ void pair_dims(const Arguments& a, int pair, int& low
     }
 }
 
-// Pairs in the type of exact tokens.
-__device__ __forceinline__ u32 pack_exact(float low, float high) { return IS_BF16 ? pack_bf16(low, high) : pack_f16(low, high); }
-
 __device__ __forceinline__ void unpack_exact(u32 x, float& low, float& high) {
     if (IS_BF16) unpack_bf16(x, low, high);
     else unpack_f16(x, low, high);

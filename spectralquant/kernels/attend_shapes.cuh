@@ -43,7 +43,7 @@
 struct Arguments {
     const void* query;         // [B, H G, Q, D]
 #if USE_PAGES
-    const u8* pages;           // [*, page_stride]: records of all heads, exact keys and values [H, E, D], places [E] of these tokens or -1
+    const u8* pages;           // [*, page_stride]: records of all heads, then tokens in 8 bits, see PageLayout in paged/layout.py
     const int* page_table;     // [B, table_stride]: the pages of a sequence
     const u16* recent_keys;    // [*, 128, H, D]: exact copies of pages
     const u16* recent_values;
@@ -82,8 +82,8 @@ struct Arguments {
 #endif
     int batch, heads, groups, positions;
 #if USE_PAGES
-    int exact;                                     // entries of a page
-    int exact_keys, exact_values, exact_places;    // where these begin in a page
+    int exact;                        // entries of a page: tokens in 8 bits
+    int integers, exponents, places;  // where these begin in a page: [2, H, E, D], [2, H, E], [E]
 #else
     int units, exact, raw;     // rows that the stores have room for
     int prefix_units, prefix_room;  // that count, and that the prefix has room for
@@ -108,6 +108,9 @@ struct Shared {
     };
     int last;
 };
+
+// Pairs in the type of exact tokens.
+__device__ __forceinline__ u32 pack_exact(float low, float high) { return IS_BF16 ? pack_bf16(low, high) : pack_f16(low, high); }
 
 // The i-th query of a lane, a row of the item. In a tile it has column 2c + i.
 __device__ __forceinline__ int own_row(int i) { return COLUMNS * (threadIdx.x & 3) + i; }

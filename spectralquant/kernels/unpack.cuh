@@ -53,6 +53,16 @@ __device__ __forceinline__ constexpr CodePlace code_place(int lane, int a, int j
     return KEY ? CodePlace{16 * j + row, k} : CodePlace{16 * j + k, row};
 }
 
+// The other way round: the byte of a token's code of a plane in the codes of a unit, and its lower bit.
+template <bool KEY>
+__device__ __forceinline__ int code_byte(int token, int plane) {
+    const int sub = token / 16, row = KEY ? token % 16 : plane % CHUNK_PLANES, k = KEY ? plane % CHUNK_PLANES : token % 16;
+    const int lane = 4 * (row % 8) + k % 8 / 2, word = 2 * (k / 8) + row / 8;
+    return plane / CHUNK_PLANES * CHUNK_BYTES + lane * LANE_BYTES + word * 4 + k % 2 * 2 + sub / 4;
+}
+
+__device__ __forceinline__ int code_shift(int token) { return token / 16 % 4 * 2; }
+
 // Place of a token's byte in the 128 gains of one side: the 8 sub-tiles of a fragment row are adjacent.
 __device__ __forceinline__ constexpr int gain_place(int token) { return 16 * (token % 8) + 8 * (token / 8 % 2) + token / 16; }
 

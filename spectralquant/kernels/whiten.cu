@@ -7,7 +7,7 @@
 //
 // A block of threads does 128 tokens times up to 128 columns of the product, in float32 with eight by eight sums a thread. The inner dimension comes in slices of
 // eight pairs of coordinates, what turns together; while one slice is multiplied, the next is on its way from memory. Launch rows * units * COLUMN_TILES blocks,
-// column tiles fastest: they share x.
+// column tiles fastest: they share x. `whiten_token` does few tokens of any positions, a block of threads for a token and head.
 #include "unpack.cuh"
 
 #if !defined(D) || !defined(DTYPE) || !defined(RUN) || !defined(PAIRS) || !defined(INTERLEAVED) || !defined(TRAJECTORY) || !defined(BY_COORDINATE) || !defined(SIZES)
@@ -201,5 +201,54 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) whiten(
             for (int k = 1; k < SLICE_PAIRS; k <<= 1) squares[i] += __shfl_xor_sync(FULL_WARP, squares[i], k);
             if (in_slice == 0) size[at * UNIT + token + 4 * WARPS * i] = squares[i];
         }
+    }
+}
+
+// x [tokens, heads, D] with strides in elements, at positions [tokens], one after another in `units` units of u and size; the rest as of `whiten`. Launch
+// tokens * heads blocks with 6 D bytes of shared memory.
+extern "C" __global__ void __launch_bounds__(THREADS) whiten_token(
+    const Element* __restrict__ x,
+    const float* __restrict__ matrix,
+    const float* __restrict__ mean,
+    const double* __restrict__ rates,
+    const float* __restrict__ turns,
+    const i64* __restrict__ positions,
+    float* u,
+    float* size,
+    i64 token_stride,
+    i64 head_stride,
+    i64 heads,
+    i64 units) {
+    alignas(16) extern __shared__ u8 shared[];
+    float *centred = (float*)shared, *squares = centred + D;  // [D], [D / 2]
+    const i64 token = blockIdx.x / heads, head = blockIdx.x % heads;
+    x += token * token_stride + head * head_stride, matrix += head * D * D, mean += head * D;
+    for (int pair = threadIdx.x; pair < D / 2; pair += THREADS) {
+        const Coordinates c = coordinates_of(pair);
+        Pair p = {value_of(x[c.low]), value_of(x[c.high])}, m = {mean[c.low], mean[c.high]};
+        squares[pair] = p.low * p.low + p.high * p.high;
+#if RUN
+        const i64 offset = positions[token] % RUN;
+        double sin = 0., cos = 1.;
+        if (pair < PAIRS) sincospi(-(double)(positions[token] - offset) * rates[pair] * HALF_TURNS, &sin, &cos);
+        p = turned(p, (float)cos, (float)sin);
+        if (TRAJECTORY) m = turned(m, turns[c.low * RUN + offset], turns[(D + c.low) * RUN + offset]);
+#endif
+        centred[c.low] = p.low - m.low, centred[c.high] = p.high - m.high;
+    }
+    __syncthreads();
+    const i64 unit = token / UNIT, place = token % UNIT;
+    for (int column = threadIdx.x; column < D; column += THREADS) {
+        float sum = 0.f;
+#pragma unroll 16
+        for (int k = 0; k < D; k++) sum = fmaf(centred[k], matrix[k * D + column], sum);
+        u[BY_COORDINATE ? ((head * units + unit) * D + column) * UNIT + place : ((head * units + unit) * UNIT + place) * D + column] = sum;
+    }
+    if (SIZES && threadIdx.x < 32) {
+        float sum = 0.f;
+        for (int pair = threadIdx.x; pair < D / 2; pair += 32) sum += squares[pair];
+#pragma unroll
+        for (int k = 1; k < 32; k <<= 1) sum += __shfl_xor_sync(FULL_WARP, sum, k);
+        if (threadIdx.x == 0) size[(head * units + unit) * UNIT + place] = sum;
     }
 }

@@ -42,9 +42,11 @@ class PagedAttention:
         """
         constants = self._fused.constants_of(codec)
         anchors = self._fused.anchors_of(constants, step.table.shape[1])
-        counting, attention = plan_attend(
-            constants, anchors, layout, recent, query, keys, values, pages, step, scale, softcap, sinks, out, self._fused.blocks
-        )  # fmt: skip
+        planned = plan_attend(constants, anchors, layout, recent, query, keys, values, pages, step, scale, softcap, sinks, out, self._fused.blocks)
+        self.run(*planned)
+
+    def run(self, counting: Launch, attention: AttentionLaunch) -> None:
+        """Launch what was planned on torch's current stream."""
         counting.run(self.device)
         self._fused.launch(attention)
 
@@ -98,7 +100,7 @@ def plan_attend(
         batch, layout.heads, recent[0].dtype, {"USE_PREFIX": 0, "USE_PAGES": 1},
         (pages, table, *recent, copies, new_keys, new_values, step.starts.contiguous(), lengths),
         (pages.stride(0), table.stride(0), *new_keys.stride()[:2], *new_values.stride()[:2]),
-        (layout.exact, layout.exact_keys_begin, layout.exact_values_begin, layout.places_begin),
+        (layout.exact, layout.exact_begin, layout.exponents_begin, layout.places_begin),
     )  # fmt: skip
     return counting, plan_over(store, queries, constants, anchors, workspace, scale, softcap, sinks, out)
 

@@ -10,12 +10,14 @@ from spectralquant.attention.dispatch import attend_packed
 from spectralquant.attention.reference import attend
 from spectralquant.backend import choose_for_feature, resolve_backend
 from spectralquant.codec.codec import LayerCodec
+from spectralquant.codec.encode_cuda import can_encode
 from spectralquant.codec.layout import UNIT
 from spectralquant.config import Backend
-from spectralquant.paged.attend_cuda import fused_on
+from spectralquant.paged.attend_cuda import PagedAttention, fused_on
 from spectralquant.paged.layout import PageLayout
 from spectralquant.paged.recent import HELD_UNITS, Step
 from spectralquant.paged.store import exact_dtype, write_tokens
+from spectralquant.paged.store_cuda import FEW, TokenWriter, writer_on
 from spectralquant.paged.view import packed_view
 
 
@@ -35,7 +37,7 @@ class Scoring:
 
 
 class PagedLayer:
-    """Codec and exact copies of one layer.
+    """Codec and exact copies of one layer. `kernel` attends where no sequence has more than one new token, `writer` writes few tokens; None: PyTorch does.
 
     Args:
         codec: The layer's codec, with the KV heads that this process holds.
@@ -43,7 +45,7 @@ class PagedLayer:
         exact: Tokens that a page holds exact.
         sinks: First tokens of every sequence that stay exact.
         copies: Exact copies that there are, see `RecentPages`.
-        backend: What attends, see `CacheConfig.backend`.
+        backend: What attends and writes, see `CacheConfig.backend`.
     """
 
     def __init__(self, codec: LayerCodec, dtype: torch.dtype, exact: int, sinks: int, copies: int, backend: Backend = "auto") -> None:
@@ -52,7 +54,9 @@ class PagedLayer:
         self.exact_dtype: torch.dtype = exact_dtype(dtype, codec.exact_dtype)
         shape, device = ((copies + 1) * UNIT, codec.heads, codec.head_dim), codec.value_norm.device
         choice = choose_for_feature("decode attention", resolve_backend(backend, device))
-        self._kernel = fused_on(device) if choice.name == "cuda" and codec.has_planes else None
+        self.kernel: PagedAttention | None = fused_on(device) if choice.name == "cuda" and codec.has_planes else None
+        choice = choose_for_feature("encoding", resolve_backend(backend, device))
+        self.writer: TokenWriter | None = writer_on(device) if choice.name == "cuda" and can_encode(codec) else None
         self.recent_keys: Tensor = torch.zeros(shape, dtype=self.exact_dtype, device=device)
         self.recent_values: Tensor = torch.zeros_like(self.recent_keys)
 
@@ -63,8 +67,12 @@ class PagedLayer:
 
     def store(self, pages: Tensor, keys: Tensor, values: Tensor, step: Step) -> None:
         """Write the step's keys and values [N, H, D] to their pages and exact copies. pages: [pages, page_bytes] uint8."""
+        keys, values = keys.to(self.exact_dtype), values.to(self.exact_dtype)
+        if self.writer is not None and len(keys) <= FEW:
+            self.writer.write(self.codec, self.layout, (self.recent_keys, self.recent_values), pages, keys, values, step, self.sinks)
+            return
         write_tokens(self.codec, self.layout, pages, keys, values, step.slots, step.positions, step.serials, self.sinks)
-        self.recent_keys[step.rows], self.recent_values[step.rows] = keys.to(self.exact_dtype), values.to(self.exact_dtype)
+        self.recent_keys[step.rows], self.recent_values[step.rows] = keys, values
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, pages: Tensor, step: Step, scoring: Scoring, out: Tensor) -> None:
         """Attention of the step's queries over all tokens up to them, once `store` has run. New keys and values are read as they came, a single one rounded to
@@ -80,9 +88,9 @@ class PagedLayer:
             scoring: How logits are made.
             out: [N, H G, D], written where sequences have new tokens.
         """
-        if self._kernel is not None and step.longest <= 1:
+        if self.kernel is not None and step.longest <= 1:
             recent = self.recent_keys, self.recent_values
-            self._kernel.attend(self.codec, self.layout, recent, query, keys, values, pages, step, scoring.scale, scoring.softcap, scoring.sinks, out)
+            self.kernel.attend(self.codec, self.layout, recent, query, keys, values, pages, step, scoring.scale, scoring.softcap, scoring.sinks, out)
             return
         starts, before = step.starts.tolist(), step.before.tolist()
         units = self.packed_units(pages, step)

@@ -1,6 +1,7 @@
 """A paged cache of one layer with a block allocator as servers have one, for tests."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import synthetic
 import torch
@@ -27,17 +28,20 @@ class Sequence:
     length: int = 0
 
 
-def codec_of(heads: int = 2, dim: int = 64, anchored: bool = True, device: str = "cpu", groups: int = 0, **choices: object) -> LayerCodec:
+def codec_of(
+    heads: int = 2, dim: int = 64, anchored: bool = True, device: str = "cpu", groups: int = 0, quantizer: str = "uniform", **choices: Any
+) -> LayerCodec:
     """groups: query heads per KV head that have a missing mass; 0: none has."""
     rotary = Rotary(synthetic.inv_freq(dim // 2)) if anchored else None
     profile = synthetic.profile(heads, dim, (0,), rotary=rotary, exact_share=0.02, **{"exact_error": 0.0, **choices})
     layer = replace(profile.layers[0], missing_mass=0.1 * torch.randn(heads, groups) if groups else None)
-    return build_codec(replace(profile, layers={0: layer}), PRESETS["high"], Dials(), device)[0]
+    return build_codec(replace(profile, layers={0: layer}), PRESETS["high"], Dials(), device, quantizer)[0]
 
 
 def sequence_of(codec: LayerCodec, length: int, seed: int, small: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Sequence:
     torch.manual_seed(seed)
     keys, values = (torch.randn(codec.heads, length, codec.head_dim) for _ in range(2))
+    values += codec.value.mean.cpu()[:, None]
     values[:, list(small)] *= 0.01  # secondary sinks
     device = codec.value_norm.device
     return Sequence(keys.to(device, dtype), values.to(device, dtype))
@@ -95,9 +99,9 @@ class PagedCache:
         table = torch.tensor([s.pages + [0] * (width - len(s.pages)) for s, _ in work], dtype=torch.int32)
         before = torch.tensor([s.length for s, _ in work], dtype=torch.int32)
         after = torch.tensor([s.length + count for s, count in work], dtype=torch.int32)
-        parts = table, before, after, torch.tensor(starts, dtype=torch.int32), torch.tensor(slots + [-1] * padding)
-        longest = max(count for _, count in work)
-        return self.recent.advance(*(t.to(device) for t in parts), longest), torch.cat([*keys, nothing]), torch.cat([*values, nothing])
+        parts = [t.to(device) for t in (table, before, after, torch.tensor(starts, dtype=torch.int32), torch.tensor(slots + [-1] * padding))]
+        step = self.recent.advance(*parts, max(count for _, count in work))
+        return step, torch.cat([*keys, nothing]), torch.cat([*values, nothing])
 
     def drop(self, sequence: Sequence) -> None:
         """Its request is over."""
