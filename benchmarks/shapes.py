@@ -15,6 +15,10 @@ SHAPES: dict[str, PretrainedConfig] = {
         vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
         max_position_embeddings=131_072,
     ),
+    "llama-3.1-70b": LlamaConfig(
+        vocab_size=128_256, hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
+        max_position_embeddings=131_072,
+    ),
     "mistral-7b": MistralConfig(
         vocab_size=32_000, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
         max_position_embeddings=32_768, sliding_window=None,

@@ -76,7 +76,7 @@ def planner_for(model: PreTrainedModel, preset: CompressionPreset, element_bytes
         UnsupportedModelError, ShapeError: The model can't be compressed; the text says why.
     """
     coded = coded_layer_indices(model)
-    profile = _nominal(model, coded)
+    profile = nominal_profile(model, coded)
     layout = RecordLayout(*plane_counts(profile, preset, Dials()))
     planes = layout.key_planes + layout.value_planes
     bounds = exact_bounds(profile, preset, Dials(), planes)
@@ -87,8 +87,8 @@ def planner_for(model: PreTrainedModel, preset: CompressionPreset, element_bytes
     return Planner(weights, codec, layers, sliding_windows(model, coded), config or CacheConfig())
 
 
-def _nominal(model: PreTrainedModel, coded: list[int]) -> Profile:
-    """A profile with the shapes of `model` and no content."""
+def nominal_profile(model: PreTrainedModel, coded: list[int]) -> Profile:
+    """A profile with the shapes of `model`, whose layers `coded` are packed, and no content."""
     text, layers = model.config.get_text_config(decoder=True), {}
     for index in coded:
         layer = layer_config(text, index)

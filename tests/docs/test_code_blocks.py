@@ -1,8 +1,10 @@
 """Every code block of README, CONTRIBUTING and docs works. Python runs in the page's order, on a tiny model; so do commands of this package, in this process;
-of other commands, which CI runs by itself, the tools, extras, files and sessions that they name exist. A block in any other language is an error."""
+of other commands, which CI runs by itself, the tools, extras, files and sessions that they name exist. Of commands that start vLLM, which tests/serving does,
+the options are checked. A block in any other language is an error."""
 
 import ast
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -24,6 +26,8 @@ from transformers import PreTrainedModel
 from spectralquant import SpectralQuant, engine
 from spectralquant.cli import models
 from spectralquant.cli.main import main
+from spectralquant.integrations.vllm.options import read_options
+from spectralquant.integrations.vllm.plugin import NAME
 
 TEXT = "text"
 """Language of output, which is shown and not run."""
@@ -59,8 +63,9 @@ def desk(llama: PreTrainedModel, tokenizer: TinyTokenizer, home: Path, tmp_path:
     monkeypatch.setenv("SPECTRALQUANT_HOME", str(home))
     monkeypatch.setattr(engine, "token_budget", lambda _: 4000)  # a calibration of a second
     monkeypatch.setattr(tokenizer, "chat_template", "words", raising=False)
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: llama)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    monkeypatch.setattr(tokenizer, "save_pretrained", lambda _: None, raising=False)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name, **_: llama)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **_: tokenizer)
     monkeypatch.setattr(models, "load_model", lambda *_: (llama, tokenizer, "tiny"))
     monkeypatch.setattr(models, "load_shape", lambda _: (llama, "tiny"))
     before = llama.config._attn_implementation
@@ -131,7 +136,7 @@ def _prepare(code: str, calibration: Path | None) -> None:
 
 def _run_command(block: Block, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     tool, place = words[0], f"{block.place}: {shlex.join(words)}"
-    check = {"spectralquant": _ours, "pip": _pip, "python": _python, "nox": _nox}.get(tool, _tool)
+    check = {"spectralquant": _ours, "pip": _pip, "python": _python, "nox": _nox, "vllm": _vllm, "ray": _ray, "curl": _curl}.get(tool, _tool)
     check(words, place, monkeypatch)
 
 
@@ -164,6 +169,9 @@ def _pip(words: list[str], place: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _python(words: list[str], place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scripts and modules are there, and take the options that they are given."""
+    if words[1] == "-m" and words[2].startswith("vllm."):
+        _vllm(words, place, monkeypatch)
+        return
     if words[1] == "-m":
         source = find_spec(words[2])
         assert source is not None, place
@@ -179,6 +187,26 @@ def _nox(words: list[str], place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sessions = [word.split("(")[0] for flag, word in pairwise(words) if flag == "-s"]
     text = (ROOT / "noxfile.py").read_text(encoding="utf-8")
     assert all(f"def {session}(" in text for session in sessions), place
+
+
+def _vllm(words: list[str], place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that has our backend, by its name, with options that it takes."""
+    assert words[:2] == ["vllm", "serve"] or words[1:4] == ["-m", "vllm.entrypoints.openai.api_server", "--model"], place
+    said = dict(pairwise(words))
+    assert said.get("--attention-backend", NAME) == NAME, place
+    assert read_options(json.loads(said["--additional-config"])) is not None, place
+
+
+def _ray(words: list[str], place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert words[1] == "start" and len(words) == 3, place
+    assert re.fullmatch(r"--head|--address=[\w.-]+:\d+", words[2]), place
+
+
+def _curl(words: list[str], place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that OpenAI's interface knows."""
+    said = dict(pairwise(words))
+    assert re.fullmatch(r"http://localhost:8000/v1/completions", words[1]), place
+    assert json.loads(said["-d"]).keys() >= {"model", "prompt"}, place
 
 
 def _tool(words: list[str], place: str, monkeypatch: pytest.MonkeyPatch) -> None:

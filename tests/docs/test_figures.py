@@ -1,13 +1,20 @@
-"""Figures of the pages are those of the result files, as rounded there, and the picture of the layers shows the layers."""
+"""Figures of the pages are those of the result files, as rounded there, or what a script computes; options are those that there are, and the picture of the
+layers shows the layers."""
 
 import html
+import importlib
 import json
 import re
+import sys
+from dataclasses import fields
 from statistics import mean
 from typing import Any
 
 import pytest
 from blocks import ROOT
+
+from spectralquant.integrations.vllm.options import Options
+from spectralquant.integrations.vllm.plugin import NEWEST, OLDEST
 
 Table = list[list[str]]
 FILES = {"Qwen2.5-Coder-1.5B": "evaluation-qwen-2048", "SmolLM2-135M": "evaluation-smollm2-1024", "Gemma 3 270M": "evaluation-gemma3-1024"}
@@ -113,6 +120,25 @@ def test_needles_and_problems() -> None:
     low, high = (100 * solved["fp16"][f"accuracy_{end}"] for end in ("low", "high"))
     assert f"FP16 solves {shares['fp16']} (95 % interval {low:.0f} to {high:.0f})" in text
     assert shares["high"] == shares["standard"] == "46 %" and shares["ultra"] == "45 %"
+
+
+@pytest.mark.parametrize(("first", "function"), [("part of a page", "table_of_a_page"), ("model | cards", "table_of_users")])
+def test_sizes_of_a_server(first: str, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What benchmarks/serving_sizes.py prints."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    for name in ("serving_sizes", "shapes"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    rows = getattr(importlib.import_module("serving_sizes"), function)()
+    ((_, table),) = tables("docs/serving.md", first)
+    assert [table[0], *table[2:]] == [[cell.strip("`") for cell in row] for row in rows]
+
+
+def test_options_of_a_server() -> None:
+    """All of them, with their defaults, and the window of releases."""
+    ((_, table),) = tables("docs/serving.md", "option | default")
+    assert [row[:2] for row in table[2:]] == [[f.name, json.dumps(f.default)] for f in fields(Options)]
+    window = " to ".join(f"{major}.{minor}" for major, minor in (OLDEST, NEWEST))
+    assert f"works with vLLM {window} and" in (ROOT / "docs/serving.md").read_text(encoding="utf-8")
 
 
 def test_the_page_of_encoders() -> None:
