@@ -149,6 +149,13 @@ __device__ void dense_step(const Arguments& a, const Stretch& s, const Shared& s
     Row rows[2][2];
 #pragma unroll
     for (int i = 0; i < 4; i++) rows[i / 2][i % 2] = row_of(a, s, t, t.first + 8 * i + r);
+#if USE_PAGES
+    // Most pages of most layers have no token apart from their codes.
+    bool used = false;
+#pragma unroll
+    for (int i = 0; i < 4; i++) used |= rows[i / 2][i % 2].slot != NOWHERE;
+    if (!__any_sync(FULL_WARP, used)) return;
+#endif
     float factor[COLUMNS], most[COLUMNS], score[2][4];
     int limit[COLUMNS];  // the last slot that the lane's queries see
 #pragma unroll
