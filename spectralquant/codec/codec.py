@@ -121,7 +121,7 @@ class LayerCodec:
 
     Attributes:
         key, value: The two codecs.
-        key_expected: Mean over heads of E|z - z^|^2 = sum_i sd_i^2 D(b_i) of K.
+        key_expected: Mean over all heads of the layer of E|z - z^|^2 = sum_i sd_i^2 D(b_i) of K.
         layout: Record layout, the same in every layer.
         frame: The anchored frame, or None for the plain frame.
         value_norm: [H] float32, medians of |v|^2.
@@ -325,11 +325,11 @@ def build_codec(
         if layer.rotary is not None and choices.run:
             same = (tuple(layer.rotary.inv_freq.tolist()), layer.rotary.interleaved)
             frame = frames.setdefault(same, _build_frame(layer, choices.run, choices.trajectory, device))
-        key_bits = coordinate_bits(layer.key.variance, layout.key_planes, dials, preset, "key", scalar)
+        key_bits = coordinate_bits(whole.key.variance, layout.key_planes, dials, preset, "key", scalar)
         value_bits = coordinate_bits(layer.value.variance, layout.value_planes, dials, preset, "value", scalar)
-        expected = _expected_error(layer.key, key_bits, scalar)
+        expected = _expected_error(whole.key, key_bits, scalar)
         out[index] = LayerCodec(
-            _build_side(layer.key, key_bits, choices.key_gain, scalar, None, device),
+            _build_side(layer.key, key_bits[heads], choices.key_gain, scalar, None, device),
             _build_side(layer.value, value_bits, choices.value_gain, scalar, None if book is None else book[heads], device),
             expected,
             layout,

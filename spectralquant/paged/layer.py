@@ -16,7 +16,7 @@ from spectralquant.config import Backend
 from spectralquant.paged.attend_cuda import PagedAttention, fused_on
 from spectralquant.paged.layout import PageLayout
 from spectralquant.paged.recent import HELD_UNITS, Step
-from spectralquant.paged.store import exact_dtype, write_tokens
+from spectralquant.paged.store import Average, exact_dtype, write_tokens
 from spectralquant.paged.store_cuda import FEW, TokenWriter, writer_on
 from spectralquant.paged.view import packed_view
 
@@ -46,10 +46,13 @@ class PagedLayer:
         sinks: First tokens of every sequence that stay exact.
         copies: Exact copies that there are, see `RecentPages`.
         backend: What attends and writes, see `CacheConfig.backend`.
+        average: Where several processes hold heads of the layer: which tokens stand apart from their codes is decided by all of them together.
     """
 
-    def __init__(self, codec: LayerCodec, dtype: torch.dtype, exact: int, sinks: int, copies: int, backend: Backend = "auto") -> None:
-        self.codec, self.sinks = codec, sinks
+    def __init__(
+        self, codec: LayerCodec, dtype: torch.dtype, exact: int, sinks: int, copies: int, backend: Backend = "auto", average: Average | None = None
+    ) -> None:
+        self.codec, self.sinks, self.average = codec, sinks, average
         self.layout = PageLayout(codec.layout, codec.heads, codec.head_dim, exact)
         self.exact_dtype: torch.dtype = exact_dtype(dtype, codec.exact_dtype)
         shape, device = ((copies + 1) * UNIT, codec.heads, codec.head_dim), codec.value_norm.device
@@ -69,9 +72,9 @@ class PagedLayer:
         """Write the step's keys and values [N, H, D] to their pages and exact copies. pages: [pages, page_bytes] uint8."""
         keys, values = keys.to(self.exact_dtype), values.to(self.exact_dtype)
         if self.writer is not None and len(keys) <= FEW:
-            self.writer.write(self.codec, self.layout, (self.recent_keys, self.recent_values), pages, keys, values, step, self.sinks)
+            self.writer.write(self.codec, self.layout, (self.recent_keys, self.recent_values), pages, keys, values, step, self.sinks, self.average)
             return
-        write_tokens(self.codec, self.layout, pages, keys, values, step.slots, step.positions, step.serials, self.sinks)
+        write_tokens(self.codec, self.layout, pages, keys, values, step.slots, step.positions, step.serials, self.sinks, self.average)
         self.recent_keys[step.rows], self.recent_values[step.rows] = keys, values
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, pages: Tensor, step: Step, scoring: Scoring, out: Tensor) -> None:

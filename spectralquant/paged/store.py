@@ -1,11 +1,13 @@
 """Tokens into pages, one by one: a token is coded as soon as it is there, so a page is complete at any time, whatever happens to its request.
 
-Which tokens of a page stand apart from its codes is decided in order: the sinks, and of the others those that need it (`LayerCodec.exact_need`) as long as there is room. So it makes
-no difference whether they came in one piece or in many. Writing a token drops what the page had from there on: of an earlier owner, or of drafts
+Which tokens of a page stand apart from its codes is decided in order: the sinks, and of the others those that need it (`LayerCodec.exact_need`) as long as there
+is room. So it makes no difference whether they came in one piece or in many. Writing a token drops what the page had from there on: of an earlier owner, or of drafts
 that were rejected.
 
 All of it is a fixed sequence of launches on tensors of fixed shapes, which a CUDA graph may repeat.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,14 +15,20 @@ from torch import Tensor
 from spectralquant.codec.codec import LayerCodec
 from spectralquant.codec.layout import MASKED_GAIN, UNIT
 from spectralquant.paged.layout import PageLayout, to_8_bits, token_bytes
+from spectralquant.profile import NORM_FLOOR
 
 AT_ONCE = 2048
 """Tokens coded at a time: what is made on the way takes some hundred bytes per plane and head."""
 
 
+Average = Callable[[Tensor], Tensor]
+"""Mean of a tensor over the processes that hold a layer's heads."""
+
+
 def write_tokens(
-    codec: LayerCodec, layout: PageLayout, pages: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, serials: Tensor, sinks: int
-) -> None:
+    codec: LayerCodec, layout: PageLayout, pages: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, serials: Tensor, sinks: int,
+    average: Average | None = None,
+) -> None:  # fmt: skip
     """Write tokens to their slots. Tokens of a request come one after another in ascending order.
 
     Args:
@@ -32,23 +40,27 @@ def write_tokens(
         positions: [N] int64, in their sequences.
         serials: [N] int64, the serial number of the token's page; counts for tokens that are the first of their page.
         sinks: First tokens of a sequence that stay exact.
+        average: Where several processes hold heads of the layer: they decide together.
     """
     for first in range(0, len(slots), AT_ONCE):
         part = slice(first, first + AT_ONCE)
-        _write(codec, layout, pages, keys[part], values[part], slots[part], positions[part], serials[part], sinks)
+        _write(codec, layout, pages, keys[part], values[part], slots[part], positions[part], serials[part], sinks, average)
 
 
 def _write(
-    codec: LayerCodec, layout: PageLayout, pages: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, serials: Tensor, sinks: int
-) -> None:
+    codec: LayerCodec, layout: PageLayout, pages: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, serials: Tensor, sinks: int,
+    average: Average | None,
+) -> None:  # fmt: skip
     page, place = (slots // UNIT).clamp_min(0), slots % UNIT
     dtype = exact_dtype(keys.dtype, codec.exact_dtype)
     keys, values = (x.to(dtype).transpose(0, 1)[None] for x in (keys, values))  # [1, H, N, D], the same bits as in an exact copy
     centred = centre_tokens(codec, keys, positions)
     key_planes, key_gains = codec.key.encode(centred)
     value_planes, value_gains = codec.value.encode(codec.centre_values(values))
-    error = codec.relative_error(codec.key.error(centred, key_planes, key_gains))
-    need = codec.exact_need(codec.value_size(values), error)[0]
+    error, size = codec.key.error(centred, key_planes, key_gains), codec.value_size(values)
+    if average is not None:
+        error, size = over_processes(codec, error, size, average)
+    need = codec.exact_need(size, codec.relative_error(error))[0]
     wanted = ((need > 1) | (positions < sinks)) & (slots >= 0)
     # Tokens of one page follow each other, also in parts of AT_ONCE; the first one of them knows where writing begins.
     is_first = torch.cat([page.new_ones(1, dtype=torch.bool), page[1:] != page[:-1]]) & (slots >= 0)
@@ -61,6 +73,13 @@ def _write(
     _write_exact(layout, pages, torch.where(exact, page, 0), torch.where(exact, entry, 0), place, keys[0], values[0])
     begins = torch.where(is_first & (place == 0), page, 0)
     layout.serials(pages)[begins] = serials
+
+
+def over_processes(codec: LayerCodec, error: Tensor, size: Tensor, average: Average) -> tuple[Tensor, Tensor]:
+    """Errors of K and |v|^2, both [1, H, N], such that what is decided from them is decided from all heads of the layer."""
+    norm = codec.value_norm[:, None]
+    means = average(torch.stack([error.mean(1), (size.clamp_min(NORM_FLOOR) / norm).mean(1)]))
+    return means[0, :, None].expand_as(error).contiguous(), (means[1, :, None] * norm).contiguous()
 
 
 def centre_tokens(codec: LayerCodec, keys: Tensor, positions: Tensor) -> Tensor:

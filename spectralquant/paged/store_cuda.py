@@ -4,6 +4,7 @@ K and V are whitened, a block of threads for a token and head (whiten.cu), and c
 hold the step's tokens one after another. tokens.cu then decides which stand apart from their codes, and moves codes and copies to their places.
 """
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -17,6 +18,7 @@ from spectralquant.codec.quantizer import EPS
 from spectralquant.kernels.launch import Launch
 from spectralquant.paged.layout import PageLayout
 from spectralquant.paged.recent import Step
+from spectralquant.paged.store import Average, over_processes
 
 FEW = 512
 """Tokens of a step that the kernels are for: every token reads a whole encode matrix."""
@@ -30,9 +32,11 @@ class TokenWriter:
         self._encoder = encoder
 
     def write(
-        self, codec: LayerCodec, layout: PageLayout, recent: tuple[Tensor, Tensor], pages: Tensor, keys: Tensor, values: Tensor, step: Step, sinks: int
-    ) -> None:
+        self, codec: LayerCodec, layout: PageLayout, recent: tuple[Tensor, Tensor], pages: Tensor, keys: Tensor, values: Tensor, step: Step, sinks: int,
+        average: Average | None = None,
+    ) -> None:  # fmt: skip
         """Write a step's keys and values [N, H, D], of the dtype of the exact copies `recent` [*, H, D], to these and to pages [pages, page_bytes] uint8.
+        `average`: see `store.write_tokens`.
 
         Raises:
             BackendError: The kernels can't be built.
@@ -40,8 +44,11 @@ class TokenWriter:
         keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
         units = -(-len(keys) // UNIT)
         records = pages.new_empty((1, layout.heads, units, layout.record.record_bytes))
-        coded = self._encoder.encode_tokens(codec, keys, values, step.positions, records)
-        self._encoder.run(plan_write(codec, layout, recent, pages, keys, values, step, sinks, records, *coded))
+        key, value, sizes = self._encoder.encode_tokens(codec, keys, values, step.positions, records)
+        if average is not None and key.error is not None:
+            error, sizes = over_processes(codec, key.error, sizes, average)
+            key = replace(key, error=error)
+        self._encoder.run(plan_write(codec, layout, recent, pages, keys, values, step, sinks, records, key, value, sizes))
 
 
 @cache

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl
@@ -57,7 +58,8 @@ class PagedAttention(AttentionImpl[PagedMetadata]):
         if index not in self.setup.codecs:
             raise UnsupportedModelError(f"calibration {self.setup.file} has nothing for layer {index} ({layer_name}); calibrate this model again")
         options = self.setup.options
-        self.layer = PagedLayer(self.setup.codecs[index], dtype, options.exact_per_page, options.sinks, self.setup.copies)
+        average = _over_ranks if self.setup.ranks > 1 else None
+        self.layer = PagedLayer(self.setup.codecs[index], dtype, options.exact_per_page, options.sinks, self.setup.copies, average=average)
 
     def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
         """Write new keys and values [N, H, D]."""
@@ -91,6 +93,11 @@ class PagedAttention(AttentionImpl[PagedMetadata]):
         if self.layer is None:
             raise RuntimeError("vLLM runs a layer whose page size it never asked for")
         return self.layer
+
+
+def _over_ranks(x: Tensor) -> Tensor:
+    """Mean over the ranks of the tensor-parallel group."""
+    return tensor_model_parallel_all_reduce(x) / get_tensor_model_parallel_world_size()
 
 
 def _metadata_of(layer: Any) -> PagedMetadata | None:

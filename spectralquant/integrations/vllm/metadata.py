@@ -1,11 +1,12 @@
 """What vLLM says of a batch, once per step and group of layers, as `paged.recent.Step`."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder, CommonAttentionMetadata
 
-from spectralquant.integrations.vllm.setup import setup_of
+from spectralquant.backend import resolve_backend
+from spectralquant.integrations.vllm.setup import device_of, setup_of
 from spectralquant.paged.held_step import HeldStep
 from spectralquant.paged.recent import RecentPages, Step
 
@@ -29,7 +30,10 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
     A step of one token per sequence is a fixed sequence of launches on tensors that stay where they are, so vLLM may capture it.
     """
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        runs = resolve_backend("auto", device_of(vllm_config)).name == "cuda"
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if runs else AttentionCGSupport.NEVER
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)

@@ -21,7 +21,7 @@ from spectralquant.paged.recent import HELD_UNITS, copies_for
 from spectralquant.pretrained import calibration_file
 from spectralquant.profile import Profile, load_profile
 
-_log = logging.getLogger("spectralquant")
+_log = logging.getLogger("vllm.spectralquant")  # below "vllm", whose messages a server shows
 _MEMORY_SHARE = 1 / 4
 """Of the device's memory, at most, for exact copies unless the user says how many."""
 
@@ -34,12 +34,14 @@ class Setup:
         options: What the user said.
         codecs: By layer index, on the device of the model, with the KV heads of this rank.
         copies: Exact copies of recent pages.
+        ranks: Processes that hold heads of a layer.
         file: The calibration.
     """
 
     options: Options
     codecs: dict[int, LayerCodec]
     copies: int
+    ranks: int
     file: Path
 
     @property
@@ -95,7 +97,7 @@ def setup_of(vllm_config: Any) -> Setup:
         heads = heads_of(next(iter(profile.layers.values())).heads, rank, size)
         codecs = build_codec(profile, options.compression, Dials(), device_of(vllm_config), "joint", heads=heads)
         copies = options.recent_pages or _default_copies(codecs, vllm_config.scheduler_config.max_num_seqs)
-        _process.setups[key] = made = Setup(options, codecs, copies, file)
+        _process.setups[key] = made = Setup(options, codecs, copies, size, file)
         _announce(made, vllm_config)
     return _process.setups[key]
 
