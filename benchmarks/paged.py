@@ -168,7 +168,10 @@ def main() -> None:
         row = measure(shape, device, used)
         torch.cuda.empty_cache()
         document["attention"].append(row)
-        print(f"{row['shape']:45s} {used} " + " ".join(f"{k} {row[k]:.3g}" for k in ("us", "contiguous_us", "sdpa_us", "ratio", "to_contiguous", "error")), flush=True)
+        print(
+            f"{row['shape']:45s} {used} " + " ".join(f"{k} {row[k]:.3g}" for k in ("us", "contiguous_us", "sdpa_us", "ratio", "to_contiguous", "error")),
+            flush=True,
+        )
         write_json(Path(args.out), document)
     for quantizer in ("uniform", "joint"):
         for new, kernels in product(NEW_TOKENS, (True, False)):

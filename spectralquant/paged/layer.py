@@ -1,7 +1,7 @@
 """One layer of a paged cache: tokens into pages and exact copies, and attention over them."""
 
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ class PagedLayer:
         starts, before = step.starts.tolist(), step.before.tolist()
         units = self.packed_units(pages, step)
         coded = units.tolist()
-        counts = [last - first for first, last in zip(starts[:-1], starts[1:], strict=True)]
+        counts = [last - first for first, last in pairwise(starts)]
         single = sorted((i for i, count in enumerate(counts) if count == 1), key=lambda i: coded[i])
         for _, same in groupby(single, key=lambda i: coded[i].bit_length()):  # sequences whose lengths differ by less than half of the longest
             batch = torch.tensor(list(same), device=pages.device)
@@ -136,7 +136,7 @@ class PagedLayer:
     def _attend_many(
         self, query: Tensor, keys: Tensor, values: Tensor, pages: Tensor, step: Step, sequence: int, units: int, before: int, scoring: Scoring
     ) -> Tensor:
-        """query [Q, H G, D], keys and values [Q, H, D]: the last positions of one sequence, which has `before` tokens in front and reads `units` units by codes."""
+        """query [Q, H G, D], keys and values [Q, H, D]: the last positions of one sequence, with `before` tokens in front and `units` units read by codes."""
         batch = torch.tensor([sequence], device=pages.device)
         recent = self._recent(step, batch, torch.tensor([units], device=pages.device), max(before - UNIT * units, 0))
         keys, values = (torch.cat([old[0].to(new.dtype), new]).transpose(0, 1)[None] for old, new in zip(recent, (keys, values), strict=True))

@@ -2,10 +2,11 @@
 
     [records: H * record_bytes] [keys: H * E * D B] [values: the same] [serial: 8 B] [exponents: 2 * H * E B] [places: E B] [padding to 128 B]
 
-A record is the unit of one head, as everywhere (`codec.layout`). Up to E tokens of a page stand in it apart from the codes, in 8 bits: attention sinks and those
-that their codes would serve badly. `places` says which, 0 .. 127 in ascending order, -1 for none; their gain code is masked. Their numbers are integers from
--127 to 127 times a power of two for each token and head, so that 16-bit products of them are what they would be for 16-bit numbers. So a page is complete:
-whoever has it has its tokens. Its serial number names the exact copy of all 128 tokens that may lie elsewhere (`paged.recent`), 0 for none.
+A record is the unit of one head, as everywhere (`codec.layout`). Up to E tokens of a page stand in it apart from the codes, in 8 bits: attention sinks and
+those that their codes would serve badly. `places` says which, 0 .. 127 in ascending order, -1 for none; their gain code is masked. Their numbers are
+integers from -127 to 127 times a power of two for each token and head, which 16-bit numbers hold exactly. So a page is complete: whoever has it has its tokens.
+
+Its serial number names the exact copy of all 128 tokens that may lie elsewhere (`paged.recent`), 0 for none.
 
 Page 0 belongs to nobody: what has no place to go is written there, so that a fixed sequence of launches serves any number of tokens.
 """

@@ -1,8 +1,8 @@
 """The recent window of paged sequences: exact copies of their last one to two pages, beside the pages.
 
-A page has room for the codes of its tokens, not for the tokens. What a sequence wrote last is read exact (`CacheConfig.window`), so the page that it writes to and
-the one before have an exact copy each, in a fixed number of places that all sequences share; the one not used for longest gives way. Nothing depends on a copy:
-where it is gone the codes are read. A copy counts only while page and place carry the same serial number, drawn when the page was begun. So pages may
+A page has room for the codes of its tokens, not for the tokens. What a sequence wrote last is read exact (`CacheConfig.window`), so the page that it writes to
+and the one before have an exact copy each, in a fixed number of places that all sequences share; the one not used for longest gives way. Nothing depends on
+a copy: where it is gone the codes are read. A copy counts only while page and place carry the same serial number, drawn when the page was begun. So pages may
 be handed to others, shared, copied or replaced by anybody, and nobody has to tell.
 
 A query at position n reads units before n // 128 - 1 by their codes and later ones exact: what `cache.segment` does with a window of 128.

@@ -1,8 +1,8 @@
 """Tokens into pages, one by one: a token is coded as soon as it is there, so a page is complete at any time, whatever happens to its request.
 
-Which tokens of a page stand apart from its codes is decided in order: the sinks, and of the others those that need it (`LayerCodec.exact_need`) as long as there
-is room. So it makes no difference whether they came in one piece or in many. Writing a token drops what the page had from there on: of an earlier owner, or of drafts
-that were rejected.
+Which tokens of a page stand apart from its codes is decided in order: the sinks, and of the others those that need it (`LayerCodec.exact_need`) as long as
+there is room. So it makes no difference whether they came in one piece or in many. Writing a token drops what the page had from there on: of an earlier owner,
+or of drafts that were rejected.
 
 All of it is a fixed sequence of launches on tensors of fixed shapes, which a CUDA graph may repeat.
 """

@@ -31,7 +31,8 @@ def packed_view(
     hidden = pack_gains(slots >= limits[:, None, None])[:, :, None]  # [B, U, 1, 128]
     records = layout.records(own)
     _, key_gains, _, value_gains = layout.record.split(records)
-    key_gains.masked_fill_(hidden, MASKED_GAIN), value_gains.masked_fill_(hidden, MASKED_GAIN)
+    for gains in (key_gains, value_gains):
+        gains.masked_fill_(hidden, MASKED_GAIN)
     places = layout.places(own).long()
     exact_slots = torch.where(places >= 0, places + slots[:, :, :1], -1).flatten(1)
     exact_slots = exact_slots.masked_fill(exact_slots >= limits[:, None], -1).int()

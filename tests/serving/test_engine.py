@@ -48,7 +48,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_hit_is_a_miss_that_was_read_in_parts(tiny_folder: Path, tmp_path: Path) -> None:
-    """Prompts are taken in page by page; asked for again, all full pages but those with the last token are there already, and nothing else changes: not a bit."""
+    """Prompts are taken in page by page; asked for again, their full pages are there already, and nothing changes: not a bit."""
     prompts = [[prompt] for prompt in prompts_of([300, 130, 700, 513])]  # one by one: parts begin where pages do
     said = run(tmp_path, tiny_folder, prompts * 2, max_num_batched_tokens=128, enable_prefix_caching=True)
     assert said["hits"] == sum((len(p) - 1) // 128 * 128 for [p] in prompts)
@@ -77,7 +77,7 @@ def test_requests_that_lose_their_pages_begin_anew(tiny_folder: Path, tmp_path: 
 
 
 def test_a_connector_moves_packed_pages(tiny_folder: Path, tmp_path: Path) -> None:
-    """One process writes pages to files, the next one reads them in the place of a prompt: it says the same, nearly, for what was exact is read by its codes."""
+    """One process writes pages to files, the next one reads them in the place of a prompt. It says nearly the same: what was exact is read by its codes."""
     folder = tmp_path / "pages"
     connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"shared_storage_path": str(folder)}}
     rounds = [prompts_of([513, 300])]
@@ -101,7 +101,7 @@ def test_a_wrong_calibration_is_refused_at_start(tiny_folder: Path, smollm2_fold
 def test_without_a_calibration_it_says_how_to_make_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECTRALQUANT_HOME", str(tmp_path / "home"))
     save_tiny_model(tmp_path / "model")
-    with pytest.raises(RuntimeError, match="spectralquant calibrate .*model --out .*spectralquant"):
+    with pytest.raises(RuntimeError, match=r"spectralquant calibrate .*model --out .*spectralquant"):
         run(tmp_path, tmp_path / "model", [prompts_of([20])])
 
 

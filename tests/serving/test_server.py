@@ -1,7 +1,6 @@
 """A real server, asked by the client that people use."""
 
 import asyncio
-import json
 import re
 import signal
 import time
@@ -13,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from openai import APIError, AsyncOpenAI, OpenAI
-from vllm_server import Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_server import Server
 
 from spectralquant.config import CacheConfig
 from spectralquant.corpus import get_default_calibration_texts
@@ -140,5 +139,3 @@ def test_a_killed_worker_ends_the_server_and_the_next_one_starts(smollm2_folder:
     with Server(smollm2_folder, tmp_path / "second.log", *arguments, packed={}) as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120)
         assert client.completions.create(model="model", prompt=[5] * 300, max_tokens=4).choices[0].text is not None
-
-

@@ -1,5 +1,6 @@
 """A vLLM server of one's own on the loopback interface, for tests."""
 
+import contextlib
 import json
 import os
 import re
@@ -29,13 +30,26 @@ class Server:
         environment: More variables.
     """
 
-    def __init__(self, model: str | Path, log: Path, *arguments: str, packed: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, model: str | Path, log: Path, *arguments: str, packed: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.log = log
         chosen = ["--attention-backend", "CUSTOM", "--additional-config", json.dumps({"spectralquant": dict(packed)})] if packed is not None else []
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager"]
+        command = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(model),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--enforce-eager",
+        ]
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 [*command, "--served-model-name", "model", *chosen, *arguments], stdout=out, stderr=out, start_new_session=True,
@@ -92,10 +106,8 @@ class Server:
 
     def kill(self) -> None:
         """All of its processes."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
     def processes(self, name: str) -> list[int]:

@@ -64,4 +64,3 @@ def packed_spec(spec: Any) -> Any:
         if isinstance(implementation, PagedAttention) and implementation.layer is None:
             implementation.prepare(name, config.model_config.dtype)
     return replace(spec, dtype=torch.uint8, num_head_slots=1, state_content_bytes=made.layout.bytes_per_token)
-

@@ -15,6 +15,8 @@ from spectralquant.integrations.vllm.metadata import PagedMetadata
 from spectralquant.integrations.vllm.setup import Setup, setup_of
 from spectralquant.paged.layer import PagedLayer, Scoring
 
+WITHOUT = "serve the model without spectralquant"
+
 
 class PagedAttention(AttentionImpl[PagedMetadata]):
     """A layer that reads and writes packed pages. Arguments as vLLM's.
@@ -40,11 +42,11 @@ class PagedAttention(AttentionImpl[PagedMetadata]):
         **others: Any,
     ) -> None:
         if alibi_slopes is not None:
-            raise UnsupportedModelError("the model adds ALiBi slopes to its logits, which attention on codes doesn't know; serve it without spectralquant")
+            raise UnsupportedModelError("the model adds ALiBi slopes to its logits, which attention on codes doesn't know; " + WITHOUT)
         if kv_sharing_target_layer_name is not None:
-            raise UnsupportedModelError(f"a layer reads the cache of {kv_sharing_target_layer_name}, which has no new keys of its own; serve the model without spectralquant")
+            raise UnsupportedModelError(f"a layer reads the cache of {kv_sharing_target_layer_name}; {WITHOUT}")
         if others:
-            raise UnsupportedModelError(f"the model asks its attention for {', '.join(sorted(others))}, which packed pages don't have; serve it without spectralquant")
+            raise UnsupportedModelError(f"the model asks its attention for {', '.join(sorted(others))}, which packed pages don't have; {WITHOUT}")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
@@ -85,7 +87,9 @@ class PagedAttention(AttentionImpl[PagedMetadata]):
         if attn_metadata is None:  # memory is being measured
             return output.fill_(0)
         n = attn_metadata.tokens
-        self._paged.attend(query[:n], key[:n], value[:n], _pages(kv_cache), attn_metadata.step, self.scoring, output[:n].view(n, self.num_heads, self.head_size))
+        self._paged.attend(
+            query[:n], key[:n], value[:n], _pages(kv_cache), attn_metadata.step, self.scoring, output[:n].view(n, self.num_heads, self.head_size)
+        )
         return output
 
     @property

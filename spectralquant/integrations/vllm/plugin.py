@@ -33,10 +33,10 @@ def require_vllm() -> None:
     if found is None:
         return  # built from source: its interfaces are as good as its name
     if not OLDEST <= _numbers(found) <= NEWEST:
-        window = " to ".join(".".join(map(str, v)) for v in (OLDEST, NEWEST))
+        oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST))
         raise DependencyError(
-            f'vLLM {found} is installed, this release of spectralquant works with {window}; pip install "vllm>={OLDEST[0]}.{OLDEST[1]},<={NEWEST[0]}.{NEWEST[1]}.*", '
-            "a newer spectralquant, or set VLLM_PLUGINS to leave its plugin out"
+            f"vLLM {found} is installed, this release of spectralquant works with {oldest} to {newest}: install one of these, or a newer spectralquant, "
+            "or name the plugins you want in VLLM_PLUGINS and leave this one out"
         )
 
 

@@ -188,19 +188,13 @@ def copy_bytes(codecs: dict[int, LayerCodec]) -> int:
 
 
 def _announce(made: Setup, vllm_config: Any) -> None:
-    layout = made.layout
+    layout, sequences = made.layout, vllm_config.scheduler_config.max_num_seqs
     dense = 2 * 2 * layout.heads * layout.head_dim
-    sequences = vllm_config.scheduler_config.max_num_seqs
-    _log.info(
-        "spectralquant: preset %s, calibration %s, %d layers packed, %d bytes per token and layer instead of %d (%.2fx), %d exact copies of recent pages (%.0f MiB)",
-        made.options.preset, made.file, len(made.codecs), layout.bytes_per_token, dense, dense / layout.bytes_per_token, made.copies,
-        made.copies * copy_bytes(made.codecs) / 2**20,
-    )  # fmt: skip
+    _log.info("spectralquant packs %d layers by preset %s, calibration %s", len(made.codecs), made.options.preset, made.file)
+    _log.info("a token takes %d bytes a layer instead of %d (%.2fx)", layout.bytes_per_token, dense, dense / layout.bytes_per_token)
+    _log.info("exact copies of %d recent pages take %.0f MiB", made.copies, made.copies * copy_bytes(made.codecs) / 2**20)
     if made.copies < copies_for(sequences):
-        enough = made.copies // HELD_UNITS
         _log.warning(
-            "exact copies of recent pages are enough for %d sequences at a time, --max-num-seqs is %d: when more run, some read their latest tokens by codes, which costs quality; "
-            'lower --max-num-seqs, or raise "recent_pages"', enough, sequences,
+            "exact copies are enough for %d sequences at a time, --max-num-seqs is %d: when more run, some read their latest tokens by codes, which costs "
+            'quality; lower --max-num-seqs, or raise "recent_pages"', made.copies // HELD_UNITS, sequences,
         )  # fmt: skip
-
-
