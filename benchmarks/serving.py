@@ -2,8 +2,8 @@
 
     python benchmarks/serving.py --model FOLDER --out FILE
 
-FOLDER: a model with its calibration beside it (`spectralquant calibrate FOLDER --out FOLDER/spectralquant`). Every case is an engine in a process of its own that
-answers the same 32 prompts of mixed lengths at once, greedily, in float32; answers are compared token by token up to the first that differs, and their log
+FOLDER: a model with its calibration beside it (`spectralquant calibrate FOLDER --out FOLDER/spectralquant`). Every case is an engine in a process of its own
+that answers the same 32 prompts of mixed lengths at once, greedily, in float32; answers are compared token by token up to the first that differs, and their log
 probabilities as far as both have the same tokens. `capacity` is what vLLM reports for the same memory in bfloat16, for which an engine is only started.
 """
 

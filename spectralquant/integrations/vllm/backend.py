@@ -57,10 +57,4 @@ def packed_spec(spec: Any) -> Any:
     """The spec of a packed layer: pages of 128 tokens, opaque bytes, all heads together."""
     if spec.state_content_bytes is not None:
         return spec
-    config = current_config()
-    made = setup_of(config)
-    for name, layer in config.compilation_config.static_forward_context.items():
-        implementation = getattr(layer, "impl", None)
-        if isinstance(implementation, PagedAttention) and implementation.layer is None:
-            implementation.prepare(name, config.model_config.dtype)
-    return replace(spec, dtype=torch.uint8, num_head_slots=1, state_content_bytes=made.layout.bytes_per_token)
+    return replace(spec, dtype=torch.uint8, num_head_slots=1, state_content_bytes=setup_of(current_config()).layout.bytes_per_token)

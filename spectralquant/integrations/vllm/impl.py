@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
@@ -12,7 +11,7 @@ from vllm.v1.attention.backend import AttentionImpl
 
 from spectralquant.errors import UnsupportedModelError
 from spectralquant.integrations.vllm.metadata import PagedMetadata
-from spectralquant.integrations.vllm.setup import Setup, setup_of
+from spectralquant.integrations.vllm.setup import Setup, current_config, setup_of
 from spectralquant.paged.layer import PagedLayer, Scoring
 
 WITHOUT = "serve the model without spectralquant"
@@ -51,11 +50,20 @@ class PagedAttention(AttentionImpl[PagedMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.scoring = Scoring(scale, logits_soft_cap or None, sinks)
-        self.setup: Setup = setup_of(get_current_vllm_config())
+        self.setup: Setup = setup_of(current_config())
         self.layer: PagedLayer | None = None
 
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """vLLM's call at the end of loading: what is taken now counts as the model's when it looks how much is left for pages. It doesn't say which
+        layer this is, so the first of them prepares all."""
+        config = current_config()
+        for name, layer in config.compilation_config.static_forward_context.items():
+            own = getattr(layer, "impl", None)
+            if isinstance(own, PagedAttention) and own.layer is None:
+                own.prepare(name, config.model_config.dtype)
+
     def prepare(self, layer_name: str, dtype: torch.dtype) -> None:
-        """Take memory for the exact copies, before vLLM looks how much is left for pages."""
+        """Take memory for the exact copies."""
         index = extract_layer_index(layer_name)
         if index not in self.setup.codecs:
             raise UnsupportedModelError(f"calibration {self.setup.file} has nothing for layer {index} ({layer_name}); calibrate this model again")
@@ -95,7 +103,7 @@ class PagedAttention(AttentionImpl[PagedMetadata]):
     @property
     def _paged(self) -> PagedLayer:
         if self.layer is None:
-            raise RuntimeError("vLLM runs a layer whose page size it never asked for")
+            raise RuntimeError("vLLM runs a layer that it has not finished loading")
         return self.layer
 
 
