@@ -1,7 +1,7 @@
 """`nox`: what a cache promises, tested on releases of transformers from the oldest to the newest, and of vLLM, each in its own virtual environment.
 
-One of transformers holds transformers and what that release pins; what it lacks (torch, pytest) it finds in the one that nox was started from, so making it takes
-seconds. Where nox has an environment to itself, everything is installed.
+One of transformers holds transformers and what that release pins; what it lacks (torch, pytest) it finds in the environment that nox was started from, so
+making it takes seconds. Where nox has an environment to itself, everything is installed.
 """
 
 import sysconfig
