@@ -33,9 +33,9 @@ class CpuBackend(CPUAttentionBackend):
         return builder(CPUAttentionBackend) if is_asked_for() else stock
 
     @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        packed = is_asked_for() and (kv_cache_spec is None or is_packed(kv_cache_spec))
-        return [UNIT] if packed else CPUAttentionBackend.get_supported_kernel_block_sizes(kv_cache_spec)
+    def get_supported_kernel_block_sizes(*spec: Any) -> list[Any]:  # vLLM 0.29 gives none
+        packed = is_asked_for() and all(map(is_packed, spec))
+        return [UNIT] if packed else CPUAttentionBackend.get_supported_kernel_block_sizes(*spec)
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:

@@ -38,8 +38,8 @@ class CudaBackend(AttentionBackend):
         return builder(stock())
 
     @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        return [UNIT] if kv_cache_spec is None or is_packed(kv_cache_spec) else stock().get_supported_kernel_block_sizes(kv_cache_spec)
+    def get_supported_kernel_block_sizes(*spec: Any) -> list[Any]:  # vLLM 0.29 gives none
+        return [UNIT] if all(map(is_packed, spec)) else stock().get_supported_kernel_block_sizes(*spec)
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
