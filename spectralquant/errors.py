@@ -30,7 +30,7 @@ class NotSupportedError(UnsupportedModelError):
 
 
 class DependencyError(SpectralQuantError, ImportError):
-    """A package that this one needs is installed in a release that is too old."""
+    """A package that this one works with is installed in a release that is too old or too new."""
 
 
 class GradientError(SpectralQuantError, RuntimeError):

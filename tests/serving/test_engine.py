@@ -11,11 +11,14 @@ import pytest
 import torch
 from tiny_models import TinyTokenizer, save_tiny_model
 from transformers import AutoModelForCausalLM
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_server import SETTINGS
 
 from spectralquant.config import CacheConfig
 from spectralquant.corpus import get_default_calibration_texts
 from spectralquant.engine import SpectralQuantEngine
+from spectralquant.errors import DependencyError
+from spectralquant.integrations.vllm import plugin
 
 ENGINE = {"dtype": "float32", "max_model_len": 2048, "max_num_seqs": 16, "skip_tokenizer_init": True, "additional_config": {"spectralquant": {}}}
 
@@ -140,3 +143,10 @@ def test_sliding_layers_stay_as_they_are(tmp_path: Path) -> None:
                 log_probability = model(ids, past_key_values=cache).logits[0, -1].log_softmax(-1)
                 assert all(abs(float(log_probability[int(t)]) - p) < 0.05 for t, p in likely.items())
                 ids = torch.tensor([[token]])
+
+
+def test_a_release_outside_the_window_is_refused_when_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "version", lambda name: "0.99.0")
+    plugin.register()
+    with pytest.raises(DependencyError, match=r"vLLM 0\.99\.0 is installed"):
+        AttentionBackendEnum.CUSTOM.get_class()

