@@ -138,7 +138,28 @@ def test_options_of_a_server() -> None:
     ((_, table),) = tables("docs/serving.md", "option | default")
     assert [row[:2] for row in table[2:]] == [[f.name, json.dumps(f.default)] for f in fields(Options)]
     window = " to ".join(f"{major}.{minor}" for major, minor in (OLDEST, NEWEST))
-    assert f"works with vLLM {window} and" in (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    assert f"works with vLLM {window}:" in (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+
+
+def test_figures_of_a_server() -> None:
+    measured, text = result("serving-smollm2-cpu"), (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    capacity = measured["capacity"]
+    assert f"| {capacity['stock']:,} | {capacity['packed']:,}, {capacity['ratio']:.2f}x |" in text
+    for row in measured["compared"].values():
+        cells = f"| {row['equal']} of {row['answers']} | {row['tokens_before_the_first_difference']:,}"
+        assert cells in text
+    seconds = [measured["cases"][name]["seconds"][i] for name, i in (("stock", 0), ("packed", 0), ("packed, asked twice", 1))]
+    assert "took {:.0f} s as vLLM is, {:.0f} s packed, {:.0f} s when asked again".format(*seconds) in text
+
+
+def test_figures_of_pages() -> None:
+    rows = {(row["batch"], row["context"], row["used"]): row for row in result("paged-h200")["attention"]}
+    text = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+    for batch, context in {key[:2] for key in rows}:
+        none, one, four = (rows[batch, context, used]["us"] for used in (0, 1, 4))
+        plain = rows[batch, context, 0]
+        cells = " | ".join(f"{us:.0f}" for us in (plain["sdpa_us"], plain["contiguous_us"], none, one, four))
+        assert f"| {8 * batch} x {context:,} | {cells} |" in text
 
 
 def test_the_page_of_encoders() -> None:
