@@ -62,6 +62,7 @@ class Server:
 
     def __exit__(self, *error: Any) -> None:
         self.stop()
+        self.kill()
 
     @property
     def url(self) -> str:
@@ -97,21 +98,25 @@ class Server:
             return None
 
     def stop(self) -> int:
-        """As an operator does; returns the exit status. Nothing of it is left then."""
+        """As an operator does; returns the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
         status = self.ended(STOP_SECONDS)
-        self.kill()
+        for _ in range(STOP_SECONDS):
+            if not self.processes():
+                break
+            time.sleep(1)
         return status if status is not None else -1
 
     def kill(self) -> None:
         """All of its processes."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        for process in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         self.process.wait()
 
-    def processes(self, name: str) -> list[int]:
-        """Of those it started, the ones called like that ("Worker")."""
+    def processes(self, name: str = "") -> list[int]:
+        """Of those it started and itself, the ones called like that ("Worker")."""
         table = subprocess.run(["ps", "-eo", "pid=,pgid=,sid=,args="], capture_output=True, text=True, check=True).stdout
         rows = [line.split(None, 3) for line in table.splitlines()]
         return [int(pid) for pid, _, sid, arguments in rows if int(sid) == self.process.pid and name in arguments]
