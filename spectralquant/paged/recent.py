@@ -71,7 +71,7 @@ class RecentPages:
     """
 
     def __init__(self, copies: int, pages: int, device: torch.device) -> None:
-        self.copies = copies
+        self.copies, self.pages = copies, pages
         # One more place: what needs none is written there.
         self._page_of: Tensor = torch.full((copies + 1,), -1, dtype=torch.int64, device=device)
         self._copy_of: Tensor = torch.full((pages,), -1, dtype=torch.int64, device=device)

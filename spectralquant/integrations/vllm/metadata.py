@@ -43,9 +43,9 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata]):
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> PagedMetadata:
         batch = common_attn_metadata
-        if self._recent is None:  # pages are there once memory was measured, after the first builder
-            layer = self.vllm_config.compilation_config.static_forward_context[self.layer_names[0]]
-            self._recent = RecentPages(setup_of(self.vllm_config).copies, layer.kv_cache.shape[0], self.device)
+        pages = self.vllm_config.compilation_config.static_forward_context[self.layer_names[0]].kv_cache.shape[0]
+        if self._recent is None or self._recent.pages != pages:  # there are few while vLLM measures memory
+            self._recent = RecentPages(setup_of(self.vllm_config).copies, pages, self.device)
         rows, tokens = batch.num_reqs, batch.num_actual_tokens
         starts, after = batch.query_start_loc[: rows + 1], batch.seq_lens[:rows]
         before = (after - starts.diff()).clamp_min(0)  # rows that only pad a batch have a query and no tokens
