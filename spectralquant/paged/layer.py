@@ -17,7 +17,7 @@ from spectralquant.paged.attend_cuda import PagedAttention, fused_on
 from spectralquant.paged.layout import PageLayout
 from spectralquant.paged.recent import HELD_UNITS, Step
 from spectralquant.paged.store import Average, exact_dtype, write_tokens
-from spectralquant.paged.store_cuda import FEW, TokenWriter, writer_on
+from spectralquant.paged.store_cuda import TokenWriter, writer_on
 from spectralquant.paged.view import packed_view
 
 
@@ -37,7 +37,7 @@ class Scoring:
 
 
 class PagedLayer:
-    """Codec and exact copies of one layer. `kernel` attends where no sequence has more than one new token, `writer` writes few tokens; None: PyTorch does.
+    """Codec and exact copies of one layer. `kernel` attends where no sequence has more than one new token, `writer` writes tokens; None: PyTorch does.
 
     Args:
         codec: The layer's codec, with the KV heads that this process holds.
@@ -71,7 +71,7 @@ class PagedLayer:
     def store(self, pages: Tensor, keys: Tensor, values: Tensor, step: Step) -> None:
         """Write the step's keys and values [N, H, D] to their pages and exact copies. pages: [pages, page_bytes] uint8."""
         keys, values = keys.to(self.exact_dtype), values.to(self.exact_dtype)
-        if self.writer is not None and len(keys) <= FEW:
+        if self.writer is not None:
             self.writer.write(self.codec, self.layout, (self.recent_keys, self.recent_values), pages, keys, values, step, self.sinks, self.average)
             return
         write_tokens(self.codec, self.layout, pages, keys, values, step.slots, step.positions, step.serials, self.sinks, self.average)
@@ -140,7 +140,7 @@ class PagedLayer:
         batch = torch.tensor([sequence], device=pages.device)
         recent = self._recent(step, batch, torch.tensor([units], device=pages.device), max(before - UNIT * units, 0))
         keys, values = (torch.cat([old[0].to(new.dtype), new]).transpose(0, 1)[None] for old, new in zip(recent, (keys, values), strict=True))
-        kv = packed_view(self.codec, self.layout, pages, step.table[batch, :units].long(), step.before[batch], keys, values)
+        kv = packed_view(self.codec, self.layout, pages, step.table[batch, :units].long(), step.before[batch], keys, values, self.kernel is not None)
         query = query.transpose(0, 1)[None]
         return attend_packed(query, kv, None, scoring.scale, scoring.softcap, scoring.sinks)[0].transpose(0, 1)
 

@@ -1,4 +1,4 @@
-"""Few tokens to their pages by CUDA kernels: `PagedLayer.store` in five launches, with codes up to rounding those of `store.write_tokens`.
+"""Tokens to their pages by CUDA kernels: `PagedLayer.store` in five launches for every 512 tokens, with codes up to rounding those of `store.write_tokens`.
 
 K and V are whitened, a block of threads for a token and head (whiten.cu), and coded as whole units are (encode_scalar.cu, encode_joint.cu), into records that
 hold the step's tokens one after another. tokens.cu then decides which stand apart from their codes, and moves codes and copies to their places.
@@ -20,8 +20,8 @@ from spectralquant.paged.layout import PageLayout
 from spectralquant.paged.recent import Step
 from spectralquant.paged.store import Average, over_processes
 
-FEW = 512
-"""Tokens of a step that the kernels are for: every token reads a whole encode matrix."""
+AT_ONCE = 512
+"""Tokens of five launches."""
 _THREADS = 256
 
 
@@ -42,6 +42,15 @@ class TokenWriter:
             BackendError: The kernels can't be built.
         """
         keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
+        for first in range(0, len(keys), AT_ONCE):
+            part = slice(first, first + AT_ONCE)
+            some = replace(step, **{name: getattr(step, name)[part] for name in ("slots", "positions", "serials", "rows")})
+            self._write(codec, layout, recent, pages, keys[part], values[part], some, sinks, average)
+
+    def _write(
+        self, codec: LayerCodec, layout: PageLayout, recent: tuple[Tensor, Tensor], pages: Tensor, keys: Tensor, values: Tensor, step: Step, sinks: int,
+        average: Average | None,
+    ) -> None:  # fmt: skip
         units = -(-len(keys) // UNIT)
         records = pages.new_empty((1, layout.heads, units, layout.record.record_bytes))
         key, value, sizes = self._encoder.encode_tokens(codec, keys, values, step.positions, records)

@@ -168,3 +168,17 @@ def test_padding_is_written_nowhere() -> None:
     own.copy_(a.layer.layout.serials(a.pages))  # drawn at random
     assert torch.equal(a.pages[1:], b.pages[1:])
     assert not torch.equal(a.pages[a.free], a.pages[sequence.pages][:1]) and UNIT * len(sequence.pages) >= 200
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("pieces", [[300, 200, 17, 130], [1500, 900, 700], [128, 200, 1, 40]])
+def test_prompts_in_pieces_on_a_gpu(pieces: list[int], dim: int) -> None:
+    """By the kernels that contiguous stores have, on copies of the codes, against PyTorch on the same device."""
+    codec = codec_of(dim=dim, device="cuda")
+    sequence = sequence_of(codec, sum(pieces), seed=3, small=(40, 200, 333), dtype=torch.float16)
+    plain = Sequence(sequence.keys, sequence.values)
+    ours, reference = (PagedCache(codec, dtype=torch.float16, backend=backend) for backend in ("cuda", "reference"))
+    for count in pieces:
+        (_, got), (_, want) = ours.step([(sequence, count)], groups=8)[0], reference.step([(plain, count)], groups=8)[0]
+        assert (got - want).norm() < 0.02 * want.norm()
