@@ -108,7 +108,7 @@ class Segment:
         self.packed = self.recent = 0  # tokens in the packed store and in the window
         self.records: Tensor = keys.new_empty((batch, heads, 0, codec.layout.record_bytes), dtype=torch.uint8)
         self.prefix: Prefix | None = None
-        dtype = codec.exact_dtype if keys.dtype == torch.float32 else keys.dtype
+        dtype = codec.exact_dtype_for(keys.dtype)
         self.recent_keys = torch.empty((batch, heads, config.window + UNIT, dim), dtype=dtype, device=keys.device)
         self.recent_values = torch.empty_like(self.recent_keys)
         self.exact_keys = self.recent_keys.new_empty((batch, heads, 0, dim))

@@ -163,6 +163,10 @@ class LayerCodec:
     def head_dim(self) -> int:
         return self.key.encode_matrix.shape[-1]
 
+    def exact_dtype_for(self, dtype: torch.dtype) -> torch.dtype:
+        """16-bit dtype that holds exact tokens of a model in `dtype`."""
+        return self.exact_dtype if dtype == torch.float32 else dtype
+
     def encode(self, keys: Tensor, values: Tensor, slots: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """K planes, K gain codes, V planes, V gain codes of keys and values [B, H, T, D] in cache slots [T]."""
         planes, gains = self.key.encode(self.centre_keys(keys, slots, start))

@@ -16,7 +16,7 @@ from spectralquant.config import Backend
 from spectralquant.paged.attend_cuda import PagedAttention, fused_on
 from spectralquant.paged.layout import PageLayout
 from spectralquant.paged.recent import HELD_UNITS, Step
-from spectralquant.paged.store import Average, exact_dtype, write_tokens
+from spectralquant.paged.store import Average, write_tokens
 from spectralquant.paged.store_cuda import TokenWriter, writer_on
 from spectralquant.paged.view import packed_view
 
@@ -54,7 +54,7 @@ class PagedLayer:
     ) -> None:
         self.codec, self.sinks, self.average = codec, sinks, average
         self.layout = PageLayout(codec.layout, codec.heads, codec.head_dim, exact)
-        self.exact_dtype: torch.dtype = exact_dtype(dtype, codec.exact_dtype)
+        self.exact_dtype: torch.dtype = codec.exact_dtype_for(dtype)
         shape, device = ((copies + 1) * UNIT, codec.heads, codec.head_dim), codec.value_norm.device
         choice = choose_for_feature("decode attention", resolve_backend(backend, device))
         self.kernel: PagedAttention | None = fused_on(device) if choice.name == "cuda" and codec.has_planes else None
@@ -62,11 +62,6 @@ class PagedLayer:
         self.writer: TokenWriter | None = writer_on(device) if choice.name == "cuda" and can_encode(codec) else None
         self.recent_keys: Tensor = torch.zeros(shape, dtype=self.exact_dtype, device=device)
         self.recent_values: Tensor = torch.zeros_like(self.recent_keys)
-
-    @property
-    def recent_nbytes(self) -> int:
-        """Bytes of the exact copies."""
-        return 2 * self.recent_keys.untyped_storage().nbytes()
 
     def store(self, pages: Tensor, keys: Tensor, values: Tensor, step: Step) -> None:
         """Write the step's keys and values [N, H, D] to their pages and exact copies. pages: [pages, page_bytes] uint8."""

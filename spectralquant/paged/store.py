@@ -52,9 +52,9 @@ def _write(
     average: Average | None,
 ) -> None:  # fmt: skip
     page, place = (slots // UNIT).clamp_min(0), slots % UNIT
-    dtype = exact_dtype(keys.dtype, codec.exact_dtype)
+    dtype = codec.exact_dtype_for(keys.dtype)
     keys, values = (x.to(dtype).transpose(0, 1)[None] for x in (keys, values))  # [1, H, N, D], the same bits as in an exact copy
-    centred = centre_tokens(codec, keys, positions)
+    centred = codec.centre_keys(keys, positions, positions.new_zeros(1))  # without padding a position is a slot
     key_planes, key_gains = codec.key.encode(centred)
     value_planes, value_gains = codec.value.encode(codec.centre_values(values))
     error, size = codec.key.error(centred, key_planes, key_gains), codec.value_size(values)
@@ -80,15 +80,6 @@ def over_processes(codec: LayerCodec, error: Tensor, size: Tensor, average: Aver
     norm = codec.value_norm[:, None]
     means = average(torch.stack([error.mean(1), (size.clamp_min(NORM_FLOOR) / norm).mean(1)]))
     return means[0, :, None].expand_as(error).contiguous(), (means[1, :, None] * norm).contiguous()
-
-
-def centre_tokens(codec: LayerCodec, keys: Tensor, positions: Tensor) -> Tensor:
-    """`LayerCodec.centre_keys` of keys [1, H, N, D] at positions [N] of any sequences."""
-    x, mean, frame = keys.float(), codec.key.mean[:, None], codec.frame
-    if frame is None:
-        return x - mean
-    x = frame.rotary.rotate(x, -(positions // frame.run * frame.run))
-    return x - (frame.rotary.rotate(mean, positions % frame.run) if frame.trajectory else mean)
 
 
 def _rank(wanted: Tensor, first: Tensor) -> Tensor:
@@ -136,8 +127,3 @@ def _write_exact(layout: PageLayout, pages: Tensor, page: Tensor, entry: Tensor,
     layout.places(pages)[page, entry] = place.to(torch.int8)
     layout.integers(pages)[page, :, :, entry] = integers.permute(2, 0, 1, 3)
     layout.exponents(pages)[page, :, :, entry] = exponents.permute(2, 0, 1)
-
-
-def exact_dtype(dtype: torch.dtype, float_dtype: torch.dtype) -> torch.dtype:
-    """16-bit dtype of exact tokens of a model in `dtype`; `float_dtype`: of a float32 model (`LayerCodec.exact_dtype`)."""
-    return float_dtype if dtype == torch.float32 else dtype

@@ -36,7 +36,7 @@ def packed_view(
     places = layout.places(own).long()
     exact_slots = torch.where(places >= 0, places + slots[:, :, :1], -1).flatten(1)
     exact_slots = exact_slots.masked_fill(exact_slots >= limits[:, None], -1).int()
-    dtype = raw_keys.dtype if raw_keys.dtype != torch.float32 else codec.exact_dtype
+    dtype = codec.exact_dtype_for(raw_keys.dtype)
     exact = from_8_bits(layout.integers(own), layout.exponents(own), dtype).permute(2, 0, 3, 1, 4, 5).flatten(3, 4)  # [2, B, H, U E, D]
     exact_keys, exact_values = exact.masked_fill((exact_slots < 0)[:, None, :, None], 0.0)  # unused entries are of anything
     start = torch.zeros(batch, dtype=torch.int64, device=pages.device)

@@ -47,11 +47,8 @@ class Setup:
     @property
     def layout(self) -> PageLayout:
         """Of every layer's pages."""
-        return page_layout(next(iter(self.codecs.values())), self.options)
-
-
-def page_layout(codec: LayerCodec, options: Options) -> PageLayout:
-    return PageLayout(codec.layout, codec.heads, codec.head_dim, options.exact_per_page)
+        codec = next(iter(self.codecs.values()))
+        return PageLayout(codec.layout, codec.heads, codec.head_dim, self.options.exact_per_page)
 
 
 @dataclass(slots=True)
