@@ -102,6 +102,15 @@ def test_a_wrong_calibration_is_refused_at_start(tiny_folder: Path, smollm2_fold
         run(tmp_path, tiny_folder, [prompts_of([20])], additional_config=wrong)
 
 
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [({"kv_cache_dtype": "fp8"}, 'kv_cache_dtype="fp8": expected "auto"'), ({"block_size": 64}, "block_size=64: expected a multiple of 128")],
+)
+def test_settings_that_pages_cannot_have_are_refused_at_start(setting: dict[str, Any], complaint: str, tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=complaint):
+        run(tmp_path, tiny_folder, [prompts_of([20])], **setting)
+
+
 def test_without_a_calibration_it_says_how_to_make_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECTRALQUANT_HOME", str(tmp_path / "home"))
     save_tiny_model(tmp_path / "model")
