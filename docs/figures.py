@@ -189,7 +189,7 @@ def draw_whole_cache(calibration: str, model: Any, path: Path) -> None:
 MEANINGS = {
     "cli": "the command line",
     "evaluation": "quality beside peers, reports",
-    "integrations": "encoders, language models elsewhere",
+    "integrations": "encoders, vLLM, language models elsewhere",
     "api": "SpectralQuant",
     "conversation": "turns in one cache",
     "sizing": "what fits where",
@@ -209,6 +209,7 @@ MEANINGS = {
     "decode_graph": "a step as a CUDA graph",
     "generation_options": "what generate was asked for",
     "cuda_graphs": "capture and replay",
+    "paged": "a cache in pages, for servers",
     "calibration": "measures a model",
     "cache": "holds the tokens",
     "attention": "reads the codes",
@@ -238,7 +239,7 @@ COLOURS = {
     **dict.fromkeys(("cli", "evaluation", "integrations", "api", "conversation", "sizing", "engine"), TOUCHED),
     **dict.fromkeys(("calibration", "selection", "corpus", "calibration_cache"), OFFLINE),
     **dict.fromkeys(("profile", "pretrained"), BETWEEN),
-    **dict.fromkeys(("application", "cache", "attention", "codec", "kernels", "decode_graph", "cuda_graphs", "follow_up"), ONLINE),
+    **dict.fromkeys(("application", "paged", "cache", "attention", "codec", "kernels", "decode_graph", "cuda_graphs", "follow_up"), ONLINE),
 }
 
 
