@@ -21,6 +21,10 @@ class ProfileError(SpectralQuantError, ValueError):
     """A calibration file is missing, damaged, of another version or made for another model."""
 
 
+class CacheFileError(SpectralQuantError, ValueError):
+    """A file with a compressed cache, or a part of one, is missing, damaged, of another version, or made for another model or calibration."""
+
+
 class UnsupportedModelError(SpectralQuantError, NotImplementedError):
     """The model has nothing this package can compress, or a layer it can't be right about; the text names it."""
 

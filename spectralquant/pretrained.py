@@ -9,7 +9,8 @@ from spectralquant.config import Dials
 from spectralquant.errors import ConfigError, ProfileError
 from spectralquant.files import write_text
 from spectralquant.presets import PRESETS
-from spectralquant.profile import Profile, load_profile, with_suffix
+from spectralquant.profile import Profile, load_profile
+from spectralquant.tensor_file import with_suffix
 
 _log = logging.getLogger("spectralquant")
 

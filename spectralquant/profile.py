@@ -8,25 +8,20 @@ read, its format version, the checksum over tensors and header, that every numbe
 a model is checked by `Profile.require_model`.
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from spectralquant.errors import ProfileError
 from spectralquant.rope import Rotary
+from spectralquant.tensor_file import FileKind, with_suffix
 
 FORMAT_VERSION = 5
+_FILE = FileKind("spectralquant", FORMAT_VERSION, "calibration file", "calibrate again, or restore it", ProfileError)
 KEY, VALUE = "key", "value"
 NORM_FLOOR = 1e-12
 """Least |v|^2 of a token: a head of zeros, as pruning leaves them, has values of the usual size, not attention sinks."""
@@ -170,11 +165,7 @@ class Profile:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file aside, then rename it: a crash never leaves half a file. Returns the path, with `.safetensors` added if missing."""
         target = with_suffix(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        tensors = _to_tensors(self)
         header = {
-            "format": "spectralquant",
-            "version": str(FORMAT_VERSION),
             "choices": json.dumps(asdict(self.choices)),
             "model": json.dumps(self.model, sort_keys=True),
             "certificate": json.dumps(self.certificate),
@@ -183,17 +174,7 @@ class Profile:
             "exact_share": json.dumps({i: p.exact_share for i, p in self.layers.items()}),
             "interleaved": json.dumps({i: p.rotary.interleaved for i, p in self.layers.items() if p.rotary}),
         }
-        header["checksum"] = _checksum(tensors, header)
-        aside = target.with_name(f".{target.name}.{uuid4().hex}")
-        try:
-            aside.touch()
-            mode = aside.stat().st_mode  # what the umask gives: safetensors makes files that nobody else may read, and folders of calibrations are shared
-            save_file(tensors, aside, metadata=header)
-            aside.chmod(mode)
-            aside.replace(target)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+        _FILE.write(target, _to_tensors(self), header)
         return target
 
 
@@ -203,12 +184,6 @@ def differences(kept: dict[str, Any], fingerprint: dict[str, Any]) -> list[str]:
     return sorted(k for k in (kept.keys() | fingerprint.keys()) - unknown if kept.get(k) != fingerprint.get(k))
 
 
-def with_suffix(path: str | os.PathLike[str]) -> Path:
-    """`path` with `.safetensors` appended unless it is there."""
-    target = Path(path)
-    return target if target.suffix == ".safetensors" else target.with_name(target.name + ".safetensors")
-
-
 def load_profile(path: str | os.PathLike[str]) -> Profile:
     """Read and check a profile.
 
@@ -216,10 +191,7 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
         ProfileError: The file is missing, not ours, truncated, of another version, or damaged; the text says which.
     """
     target = with_suffix(path)
-    with _opened(target) as (file, header):
-        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-    if header.get("checksum") != _checksum(tensors, header):
-        raise ProfileError(f"{target} is damaged: its checksum does not match its content; calibrate again or restore it")
+    tensors, header = _FILE.read(target)
     bad = [name for name, t in tensors.items() if not t.isfinite().all()]
     if bad:
         raise ProfileError(f"{target} holds values that are not finite in {bad[0]}; calibrate again")
@@ -237,41 +209,8 @@ def read_fingerprint(path: Path) -> dict[str, Any]:
     Raises:
         ProfileError: As `load_profile`, as far as the header tells.
     """
-    with _opened(path) as (_, header):
+    with _FILE.opened(path) as (_, header):
         return json.loads(header.get("model", "{}"))
-
-
-@contextmanager
-def _opened(target: Path) -> Generator[tuple[Any, dict[str, str]]]:
-    """The file, and its header if this release reads such files; what can't be read inside is a ProfileError."""
-    if not target.is_file():
-        raise ProfileError(f"calibration file {target} does not exist; save_calibration() writes one")
-    try:
-        opened: Any = safe_open(target, framework="pt")
-        with opened as file:
-            header: dict[str, str] = file.metadata() or {}
-            _require_header(target, header)
-            yield file, header
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, ProfileError):
-            raise
-        raise ProfileError(f"{target} is not a readable calibration file ({error}); it is truncated or damaged") from error
-
-
-def _require_header(target: Path, header: dict[str, str]) -> None:
-    if header.get("format") != "spectralquant":
-        raise ProfileError(f"{target} is a safetensors file but no calibration of this package")
-    if header.get("version") != str(FORMAT_VERSION):
-        raise ProfileError(f"{target} has format version {header.get('version')}, this release reads {FORMAT_VERSION}; calibrate again")
-
-
-def _checksum(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "checksum"}, sort_keys=True).encode())
-    for name in sorted(tensors):
-        t = tensors[name].contiguous()
-        digest.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
-        digest.update(t.view(torch.uint8).numpy().tobytes() if t.numel() else b"")
-    return digest.hexdigest()
 
 
 def _to_tensors(profile: Profile) -> dict[str, Tensor]:
@@ -279,14 +218,14 @@ def _to_tensors(profile: Profile) -> dict[str, Tensor]:
     for i, layer in profile.layers.items():
         for name, side in ((KEY, layer.key), (VALUE, layer.value)):
             for part in ("mean", "basis", "variance"):
-                out[f"layers.{i}.{name}.{part}"] = getattr(side, part).contiguous().cpu().clone()
-        out[f"layers.{i}.value_norm"] = layer.value_norm.contiguous().cpu().clone()
+                out[f"layers.{i}.{name}.{part}"] = getattr(side, part)
+        out[f"layers.{i}.value_norm"] = layer.value_norm
         if layer.missing_mass is not None:
-            out[f"layers.{i}.missing_mass"] = layer.missing_mass.float().contiguous().cpu().clone()
+            out[f"layers.{i}.missing_mass"] = layer.missing_mass.float()
         if layer.rotary is not None:
-            out[f"layers.{i}.inv_freq"] = layer.rotary.inv_freq.contiguous().cpu().clone()
+            out[f"layers.{i}.inv_freq"] = layer.rotary.inv_freq
     for planes, books in profile.codebooks.items():
-        out.update({f"layers.{i}.codebook.{planes}": book.contiguous().cpu().clone() for i, book in books.items()})
+        out.update({f"layers.{i}.codebook.{planes}": book for i, book in books.items()})
     return out
 
 

@@ -106,7 +106,7 @@ def test_save_is_deterministic(tmp_path: Path) -> None:
     assert metadata[0] == metadata[1]
 
 
-@pytest.mark.parametrize("failing", ["spectralquant.profile.save_file", "os.replace"])
+@pytest.mark.parametrize("failing", ["spectralquant.tensor_file.save_file", "os.replace"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_save_that_fails_leaves_the_old_file_alone(saved: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException) -> None:
     before = saved.read_bytes()
@@ -135,7 +135,7 @@ def test_load_profile_rejects_missing(tmp_path: Path) -> None:
 
 def test_load_profile_rejects_folder(tmp_path: Path) -> None:
     (tmp_path / "p.safetensors").mkdir()
-    with pytest.raises(ProfileError, match="does not exist"):
+    with pytest.raises(ProfileError, match="is no file"):
         load_profile(tmp_path / "p")
 
 
@@ -230,13 +230,13 @@ def test_load_profile_rejects_other_versions(saved: Path, version: str | None) -
 @pytest.mark.parametrize("name", ["pt", "SpectralQuant", None])
 def test_load_profile_rejects_other_formats(saved: Path, name: str | None) -> None:
     rewrite(saved, {"format": name})
-    with pytest.raises(ProfileError, match="no calibration of this package"):
+    with pytest.raises(ProfileError, match="no calibration file of this package"):
         load_profile(saved)
 
 
 def test_load_profile_rejects_safetensors_without_header(saved: Path) -> None:
     save_file({"x": torch.ones(2)}, saved)
-    with pytest.raises(ProfileError, match="no calibration of this package"):
+    with pytest.raises(ProfileError, match="no calibration file of this package"):
         load_profile(saved)
 
 
