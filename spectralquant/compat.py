@@ -75,7 +75,12 @@ KEEPS_RECURRENT_STATES = hasattr(cache_utils, "LinearAttentionAndFullAttentionLa
 """Whether transformers' layers keep recurrent states, with attention in one layer too (Falcon-H1); before 5.4 such models bring caches of their own."""
 STATES_SINCE = "transformers 5.4"
 STATES = ("conv_states", "recurrent_states")
-"""Tensors, or dicts of several in later releases; flags and sizes beside them differ as well."""
+"""Tensors, or dicts of several in later releases."""
+
+STATE_FLAGS = ("has_previous_state", "is_conv_states_initialized", "is_recurrent_states_initialized", "conv_kernel_size")
+"""Flags and sizes beside them, those that the release has: values, or dicts of several."""
+RECURRENT: tuple[type, ...] = tuple(getattr(cache_utils, name) for name in ("LinearAttentionCacheLayerMixin",) if hasattr(cache_utils, name))
+"""Layers with such states."""
 
 RECURRENT_IS_CROPPABLE: Any = getattr(getattr(cache_utils, "LinearAttentionLayer", None), "is_croppable", False)
 """Not known before 5.17."""

@@ -17,12 +17,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 from spectralquant import application, prompts
 from spectralquant.attention.hf import register
+from spectralquant.cache.file import Identity
 from spectralquant.cache.hf import SpectralCache, coded_layer_indices, layer_devices, model_device
 from spectralquant.calibration.hf import collect, fingerprint, known_fingerprint, unwrapped, weights_digest
 from spectralquant.calibration_cache import digest_of, remembered
 from spectralquant.clock import GenerationClock
 from spectralquant.codec.budget import require_head_dim
 from spectralquant.codec.codec import LayerCodec, build_codec, place_codecs
+from spectralquant.codec.identity import codec_identity
 from spectralquant.codec.quantizer import QUANTIZERS
 from spectralquant.compat import cache_argument, last_logits, layer_config
 from spectralquant.config import CacheConfig, Dials, require_int
@@ -95,6 +97,7 @@ class SpectralQuantEngine:
         self.calibration_cache = calibration_cache
         self._profiles: dict[str, Profile] = {}
         self._codecs: dict[tuple[str, str], dict[int, LayerCodec]] = {}
+        self._identities: dict[str, str] = {}
         self._latest: str | None = None
         self._last_stats: dict[str, Any] = {}
         self._forward_costs: dict[str, ForwardCost] = {}
@@ -223,6 +226,7 @@ class SpectralQuantEngine:
         key = profile.model.get("weights", UNNAMED)
         self._profiles[key], self._latest = profile, key
         self._codecs = {k: v for k, v in self._codecs.items() if k[0] != key}
+        self._identities.pop(key, None)
 
     def _check_model(self, model: PreTrainedModel) -> None:
         """Raise what speaks against `model`, as far as its configuration tells."""
@@ -276,7 +280,8 @@ class SpectralQuantEngine:
         its arguments is still the model's own: right, but without CUDA graphs, and codes don't know of left padding. Call `apply_to` or `cache` before it.
         """
         self.apply_to(model)
-        return SpectralCache(model.config, self.profile_codec(model), self.cache_config, known_fingerprint(model)["weights"])
+        codecs = self.profile_codec(model)
+        return SpectralCache(model.config, codecs, self.cache_config, Identity(known_fingerprint(model)["weights"], self._codec_identity(model)))
 
     def profile_codec(self, model: PreTrainedModel | None = None) -> dict[int, LayerCodec]:
         """Layer index -> codec at this engine's preset and dials, where the layer runs (without a model: the latest calibration's, on the CPU)."""
@@ -291,6 +296,14 @@ class SpectralQuantEngine:
                 built = build_codec(profile, self.preset, self.dials, device, self.quantizer, _advance_to(bar))
             self._codecs[key] = place_codecs(built, devices)
         return self._codecs[key]
+
+    def _codec_identity(self, model: PreTrainedModel) -> str:
+        """Of `profile_codec(model)`, which is made: it may have trained codebooks."""
+        profile = self._profile(model)
+        key = profile.model.get("weights", UNNAMED)
+        if key not in self._identities:
+            self._identities[key] = codec_identity(profile, self.preset, self.dials, self.quantizer)
+        return self._identities[key]
 
     # Generation -----------------------------------------------------------------------------------------------------
 

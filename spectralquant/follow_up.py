@@ -65,7 +65,7 @@ class Generate:
             cache.expect(None)
 
     def _require_own(self, cache: SpectralCache) -> None:
-        if cache.weights is not None and cache.weights != known_fingerprint(self.model)["weights"]:
+        if cache.identity is not None and cache.identity.weights != known_fingerprint(self.model)["weights"]:
             raise ConfigError(f"the cache was made for another model than this {type(self.model).__name__}; make one with engine.cache(model)")
 
     def _follow_up(self, inputs: Tensor | None, args: Any, kwargs: dict[str, Any], held: SpectralCache) -> Any:

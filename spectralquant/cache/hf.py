@@ -1,8 +1,10 @@
 """HuggingFace form of the cache: transformers' `Cache` with coded layers (`layers.py`) where a layer grows with the text, transformers' own elsewhere."""
 
+import os
 from collections.abc import Iterable
 from copy import deepcopy
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +12,15 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from spectralquant.cache.file import Identity, read_cache, write_cache
 from spectralquant.cache.layers import CODED, SpectralLayer, coded_layer, has_states
+from spectralquant.cache.state import capture_cache, restore_cache
 from spectralquant.codec.codec import LayerCodec, codec_nbytes
 from spectralquant.codec.packed import plain_arithmetic
 from spectralquant.compat import INSTALLED, KEEPS_RECURRENT_STATES, STATES_SINCE, UNCROPPABLE, placeholders, reset_layer
 from spectralquant.config import CacheConfig
-from spectralquant.errors import ConfigError, ShapeError, UnsupportedModelError
+from spectralquant.errors import CacheFileError, ConfigError, ShapeError, UnsupportedModelError
+from spectralquant.tensor_file import with_suffix
 
 
 class SpectralCache(DynamicCache):
@@ -25,7 +30,7 @@ class SpectralCache(DynamicCache):
         model_config: The model's configuration.
         codecs: Layer index -> codec, from `codec.codec.build_codec`.
         config: What stays exact.
-        weights: Fingerprint of the model that the cache is for; `generate` of another model refuses it. None: not known.
+        identity: Fingerprints of the model and codec that the cache is for: `generate` of another model refuses it, and so does `load`. None: not known.
 
     Attributes:
         prefix_ids: Token ids [1, T] of a prefix that this cache holds for any number of follow-ups, or None. `generate` of a model
@@ -36,14 +41,16 @@ class SpectralCache(DynamicCache):
         UnsupportedModelError: A calibrated layer does not grow in this model.
     """
 
-    def __init__(self, model_config: PretrainedConfig, codecs: dict[int, LayerCodec], config: CacheConfig | None = None, weights: str | None = None) -> None:
+    def __init__(
+        self, model_config: PretrainedConfig, codecs: dict[int, LayerCodec], config: CacheConfig | None = None, identity: Identity | None = None
+    ) -> None:
         layers = dense_layers(model_config)
         for index in codecs:
             if index >= len(layers) or type(layers[index]) not in CODED:
                 raise UnsupportedModelError(f"layer {index} of this model is no growing attention layer, the calibration has one; calibrate this model")
         config = config or CacheConfig()
         Cache.__init__(self, layers=[coded_layer(layer, codecs[i], config) if i in codecs else layer for i, layer in enumerate(layers)])
-        self.weights = weights
+        self.identity = identity
         self.prefix_ids: Tensor | None = None
         self.decode_report: Any = None
         self._behind: SpectralLayer | None = None  # whose update came last
@@ -123,6 +130,59 @@ class SpectralCache(DynamicCache):
                 mine.take_over(other)
             else:
                 self.layers[i] = other
+
+    def save(self, path: str | os.PathLike[str], token_ids: Tensor | None = None) -> Path:
+        """Write everything held to one `.safetensors` file, aside and renamed: codes, exact tokens, window, positions, and fingerprints of model and codec.
+
+        Args:
+            path: The file; the suffix is added if it is missing. The old one stays until the new one is whole.
+            token_ids: [1, T] int64, the text that is held; left out, those of a prefix (`prefix_ids`). With them `load` gives a prefix for any number of
+                follow-ups, without them a cache that a call of `generate` goes on with.
+
+        Returns:
+            The path.
+
+        Raises:
+            ConfigError: The cache is empty, was not made by an engine, or holds another text than `token_ids`.
+            UnsupportedModelError: The model has layers of a kind that can't be saved.
+            OSError: The file can't be written.
+        """
+        length, coded = self.get_seq_length(), self.coded_layers
+        if not length or self.identity is None:
+            raise ConfigError("the cache is empty: run the model first" if not length else "the cache knows no model: make it with engine.cache(model)")
+        ids = self.prefix_ids if token_ids is None else torch.as_tensor(token_ids)
+        with plain_arithmetic(torch.device("cpu")):
+            state = capture_cache(self)
+        if ids is not None and (ids.dtype != torch.int64 or tuple(ids.shape) != (1, length) or state.batch != 1):
+            raise ConfigError(f"token_ids is {ids.dtype} {tuple(ids.shape)}, expected torch.int64 (1, {length}), what one sequence holds")
+        target = with_suffix(path)
+        write_cache(target, state, ids, coded[0].config, self.identity)
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, engine: Any) -> "SpectralCache":
+        """The cache in a file of `save`. It decodes as the saved one would have; on a CPU packed codes stay in the file, mapped into memory.
+
+        Args:
+            path: The file; the suffix is added if it is missing.
+            model: The model that it was made with, on any device.
+            engine: A `SpectralQuantEngine` with the calibration, preset and quantizer that it was made with. What stays exact (sinks, window) is the file's.
+
+        Raises:
+            CacheFileError: The file is missing, damaged, of another version, or made with another model, calibration or preset.
+        """
+        cache: SpectralCache = engine.cache(model)
+        assert cache.identity is not None
+        target = with_suffix(path)
+        state, ids, config = read_cache(target, engine.cache_config, cache.identity)
+        devices, first = layer_devices(model), model_device(model)
+        with plain_arithmetic(first):
+            try:
+                restore_cache(cache, state, config, lambda index: devices.get(index, first))
+            except CacheFileError as error:
+                raise CacheFileError(f"{target} can't be used: {error}") from error
+        cache.prefix_ids = None if ids is None else ids.to(first)
+        return cache
 
     @property
     def nbytes(self) -> int:

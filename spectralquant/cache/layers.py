@@ -10,17 +10,13 @@ from torch.utils._pytree import tree_map
 from transformers import cache_utils
 from transformers.cache_utils import DynamicLayer
 
-from spectralquant.cache.segment import Segment, use_kernels
+from spectralquant.cache.segment import CANDIDATES, Segment, use_kernels
 from spectralquant.codec.codec import LayerCodec
 from spectralquant.codec.packed import LazyKV, plain_arithmetic, without_gradient
 from spectralquant.compat import KEEPS_RECURRENT_STATES, RECURRENT_IS_CROPPABLE, STATES, LayerInterface, state_options, state_tensors
 from spectralquant.config import CacheConfig
 from spectralquant.errors import ConfigError
 from spectralquant.stopwatch import Stopwatch
-
-CANDIDATES = 128
-"""Tokens of assisted decoding that may be refused at once without a trace in the cache. The window's buffer grows by as many when that many come."""
-
 
 _length_of: Callable[[Segment], int] = torch.compiler.disable(lambda segment: segment.length)  # pyright: ignore  # what is compiled serves all lengths
 
@@ -80,6 +76,12 @@ class SpectralLayer(LayerInterface):
     def take_over(self, other: Any) -> None:
         """Encode what an uncompressed layer of the same model holds; this one is empty."""
         self.update(other.keys, other.values)
+
+    def adopt(self, segment: Segment, config: CacheConfig) -> None:
+        """Take the content of a file, and what it keeps exact; this layer is empty."""
+        self.segment, self.config = segment, config
+        segment.watch, segment.expected = self.watch, self.expected
+        self.dtype, self.device, self.is_initialized = segment.dtype, segment.records.device, True
 
     def copy(self) -> "SpectralLayer":
         """An independent layer with the same content; the codec is shared."""

@@ -43,6 +43,8 @@ from spectralquant.stopwatch import Stopwatch
 _moves = itertools.count()
 _OWN = ("records", "recent_keys", "recent_values", "start", "lengths", "secondary", "exact_keys", "exact_values", "exact_slots")
 """Tensors [B, ...] of a segment that nobody else writes to."""
+CANDIDATES = 128
+"""Tokens of assisted decoding that may be refused at once without a trace in the cache. The window's buffer grows by as many when that many come."""
 EXACT_AHEAD = 5
 """Exact tokens that a unit may bring (`max_exact_share` of 128)."""
 
@@ -183,7 +185,7 @@ class Segment:
     def _append(self, keys: Tensor, values: Tensor, was_empty: bool) -> PackedKV | None:
         count = keys.shape[-2]
         if count <= self.candidates:
-            self._reserve_window(self.recent + count)
+            self.reserve_window(self.recent + count)
         if self.recent + count <= self.recent_keys.shape[-2]:
             self.recent_keys[:, :, self.recent : self.recent + count] = keys
             self.recent_values[:, :, self.recent : self.recent + count] = values
@@ -201,7 +203,8 @@ class Segment:
         self._replace_recent(keys, values)
         return view
 
-    def _reserve_window(self, need: int) -> None:
+    def reserve_window(self, need: int) -> None:
+        """Make room for `need` tokens in the window."""
         if need > self.recent_keys.shape[2]:
             size = self.config.window + UNIT + self.candidates
             self.recent_keys, self.recent_values = (_grow(t, 2, size, fill=0) for t in (self.recent_keys, self.recent_values))
@@ -295,7 +298,7 @@ class Segment:
             for first in range(0, blocks, self.tile_tokens):
                 last = min(first + self.tile_tokens, blocks)
                 self._pack(keys[:, :, first:last], values[:, :, first:last], reserve=blocks - first)
-        self._reserve_window(count - blocks)
+        self.reserve_window(count - blocks)
         self.recent = count - blocks
         self.recent_keys[:, :, : self.recent] = keys[:, :, blocks:]
         self.recent_values[:, :, : self.recent] = values[:, :, blocks:]
