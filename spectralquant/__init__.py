@@ -14,11 +14,13 @@ from spectralquant.requirements import require_transformers
 
 if TYPE_CHECKING:
     from spectralquant.api import SpectralQuant as SpectralQuant
+    from spectralquant.cache.hf import SpectralCache as SpectralCache
     from spectralquant.corpus import get_default_calibration_texts as get_default_calibration_texts
     from spectralquant.engine import SpectralQuantEngine as SpectralQuantEngine
     from spectralquant.heads import EigenspectralCalibrator as EigenspectralCalibrator
     from spectralquant.heads import HeadCalibrationData as HeadCalibrationData
     from spectralquant.heads import HeadEngine as HeadEngine
+    from spectralquant.prefix_store.store import PrefixStore as PrefixStore
 
     DEFAULT_CALIBRATION_TEXTS: list[str]
 
@@ -32,6 +34,8 @@ _LAZY = {
     "EigenspectralCalibrator": "spectralquant.heads",
     "HeadCalibrationData": "spectralquant.heads",
     "HeadEngine": "spectralquant.heads",
+    "PrefixStore": "spectralquant.prefix_store.store",
+    "SpectralCache": "spectralquant.cache.hf",
     "get_default_calibration_texts": "spectralquant.corpus",
 }
 __all__ = [
@@ -41,6 +45,8 @@ __all__ = [
     "EigenspectralCalibrator",
     "HeadCalibrationData",
     "HeadEngine",
+    "PrefixStore",
+    "SpectralCache",
     "SpectralQuant",
     "SpectralQuantEngine",
     "__version__",

@@ -10,6 +10,7 @@ from spectralquant.cache.hf import SpectralCache
 from spectralquant.engine import SpectralQuantEngine
 from spectralquant.errors import ShapeError
 from spectralquant.memory import MemoryPlan
+from spectralquant.prefix_store.store import PrefixStore
 
 
 class SpectralQuant:
@@ -110,9 +111,11 @@ class SpectralQuant:
         options: dict[str, Any] = {"do_sample": do_sample, "repetition_penalty": repetition_penalty, **sampling, **generation}
         return self._engine.generate(model, tokenizer, prompt, max_new_tokens, add_special_tokens=add_special_tokens, **options)
 
-    def compress_prefill(self, model: PreTrainedModel, tokenizer: Any, prompt: Any, *, add_special_tokens: bool = True) -> dict[str, Any]:
+    def compress_prefill(
+        self, model: PreTrainedModel, tokenizer: Any, prompt: Any, *, add_special_tokens: bool = True, store: PrefixStore | None = None
+    ) -> dict[str, Any]:
         """See `SpectralQuantEngine.compress_prefill`."""
-        return self._engine.compress_prefill(model, tokenizer, prompt, add_special_tokens=add_special_tokens)
+        return self._engine.compress_prefill(model, tokenizer, prompt, add_special_tokens=add_special_tokens, store=store)
 
     def memory_plan(self, model: PreTrainedModel, batch: int, context: int, new_tokens: int = 0, *, prefill_chunk_size: int | None = None) -> MemoryPlan:
         """See `SpectralQuantEngine.memory_plan`."""

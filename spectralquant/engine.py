@@ -33,6 +33,8 @@ from spectralquant.errors import CalibrationError, ConfigError, ShapeError, Unsu
 from spectralquant.generation_options import sequences_each
 from spectralquant.memory import ForwardCost, MemoryPlan, Planner, bounded_memory, measure_forward
 from spectralquant.original_format import load_original, original_pair
+from spectralquant.prefix_store.store import PrefixStore
+from spectralquant.prefix_store.use import StoreUse
 from spectralquant.presets import CompressionPreset, resolve_preset
 from spectralquant.pretrained import calibration_file, find_beside, save_folder
 from spectralquant.profile import Profile, load_profile
@@ -281,7 +283,8 @@ class SpectralQuantEngine:
         """
         self.apply_to(model)
         codecs = self.profile_codec(model)
-        return SpectralCache(model.config, codecs, self.cache_config, Identity(known_fingerprint(model)["weights"], self._codec_identity(model)))
+        identity = Identity(known_fingerprint(model)["weights"], str(model.dtype).removeprefix("torch."), self._codec_identity(model))
+        return SpectralCache(model.config, codecs, self.cache_config, identity, layer_devices(model))
 
     def profile_codec(self, model: PreTrainedModel | None = None) -> dict[int, LayerCodec]:
         """Layer index -> codec at this engine's preset and dials, where the layer runs (without a model: the latest calibration's, on the CPU)."""
@@ -316,6 +319,7 @@ class SpectralQuantEngine:
         *,
         add_special_tokens: bool = True,
         max_memory: int | str | None = None,
+        store: PrefixStore | None = None,
         **generation: Any,
     ) -> dict[str, Any]:
         """Generate from a compressed cache.
@@ -326,12 +330,14 @@ class SpectralQuantEngine:
             max_new_tokens: 0 returns the prompt and no token.
             add_special_tokens: As in the tokenizer, for strings.
             max_memory: Bytes that the cache may take ("12GB"), checked for the longest that the generation may become before anything is allocated.
+            store: What it has of the prompt is loaded instead of computed, and prompt and answer are stored; one prompt at a time.
             **generation: Any option of transformers' `generate`, `streamer` and `generation_config` included; `prefill_chunk_size` bounds the memory that
                 a long prompt takes in the forward pass.
 
         Returns:
             {text, tokens, stats}: the new text and token ids (lists when `prompt` is a batch), and what was measured. `seconds` counts everything and
             is the sum of `prefill_seconds`, `compress_seconds` (packing, of the prompt and of blocks that leave the window later) and `decode_seconds`.
+            With a store, `store` says what was found in it and what that saved, see `prefix_store.use.StoreUse.stats`.
             `decode_mode` says how steps ran ("CUDA graph", "compiled CUDA graph", "as it is"), `decode_reason` why they did not run as graphs.
 
         Raises:
@@ -344,17 +350,24 @@ class SpectralQuantEngine:
         rows = len(inputs.ids) * sequences_each(model, generation)
         with bounded_memory(self._planner(model), rows, inputs.ids.shape[1], count, max_memory), self.applied_to(model):
             cache = self.cache(model)
+            use = None if store is None else StoreUse(store, cache, inputs.ids)
             sequences, clock = inputs.ids, GenerationClock(cache, model_device(model))
             if count:
+                if use is not None:
+                    use.read_prompt(model, rows, generation.get("prefill_chunk_size"))
                 generation = clock.watched(prompts.with_pad_token(model, tokenizer, generation))
                 out = model.generate(input_ids=inputs.ids, attention_mask=inputs.mask, max_new_tokens=count, **cache_argument(model, cache), **generation)
                 sequences = getattr(out, "sequences", out)
             times = clock.stop()
+            if use is not None and count:
+                use.end(sequences)
         new = sequences[:, inputs.ids.shape[1] :]
         tokens = [prompts.strip_padding(row, tokenizer) for row in new]
         texts = [tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
         made = sum(len(t) for t in tokens)
         stats = self._last_stats = {**self._stats(cache, made, times.seconds), **times.stats(made - len(tokens)), **_how_decoded(cache)}
+        if use is not None:
+            stats["store"] = use.stats()
         batch = inputs.batched or len(texts) > 1
         return {"text": texts if batch else texts[0], "tokens": tokens if batch else tokens[0], "stats": stats}
 
@@ -383,8 +396,10 @@ class SpectralQuantEngine:
         shares = {i: layer.exact_share for i, layer in self._profile(model).layers.items()}
         return Planner.of(model, self.profile_codec(model), shares, self.cache_config)
 
-    def compress_prefill(self, model: PreTrainedModel, tokenizer: Any, prompt: Any, *, add_special_tokens: bool = True) -> dict[str, Any]:
-        """Run a prompt once and keep its compressed cache for any number of follow-ups.
+    def compress_prefill(
+        self, model: PreTrainedModel, tokenizer: Any, prompt: Any, *, add_special_tokens: bool = True, store: PrefixStore | None = None
+    ) -> dict[str, Any]:
+        """Run a prompt once and keep its compressed cache for any number of follow-ups; with a `store`, once for all processes.
 
         `model.generate(**tokenizer(question), past_key_values=result["cache"])` continues it, given only the new tokens or the whole text,
         and works on a copy: every follow-up sees the same prefix. The engine stays applied to the model.
@@ -399,10 +414,17 @@ class SpectralQuantEngine:
             self.ensure_calibrated(model, tokenizer)
         began = time.perf_counter()
         cache = self.cache(model)
+        use = None if store is None else StoreUse(store, cache, inputs.ids)
+        if use is not None:
+            use.read_prompt(model)
+        rest = inputs.ids[:, cache.get_seq_length() :]
         with torch.no_grad():
-            logits = model(input_ids=inputs.ids, use_cache=True, **cache_argument(model, cache), **last_logits(model)).logits[:, -1]
+            logits = model(input_ids=rest, use_cache=True, **cache_argument(model, cache), **last_logits(model)).logits[:, -1]
         cache.prefix_ids = inputs.ids
         stats = self._last_stats = self._stats(cache, 0, time.perf_counter() - began)
+        if use is not None:
+            use.end(inputs.ids)
+            stats["store"] = use.stats()
         return {
             "input_ids": inputs.ids,
             "logits": logits,

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectralquant.attention.tiles import TILE_TOKENS
+from spectralquant.byte_counts import parse_bytes, told_bytes
 from spectralquant.cache.exact import EARLY
 from spectralquant.cache.hf import SpectralCache, dense_layers, storage_bytes
 from spectralquant.cache.segment import EXACT_AHEAD, grown_units
@@ -21,11 +22,10 @@ from spectralquant.codec.layout import UNIT
 from spectralquant.compat import cache_argument, last_logits
 from spectralquant.config import CacheConfig
 from spectralquant.decode_graph import AHEAD
-from spectralquant.errors import ConfigError, MemoryLimitError
+from spectralquant.errors import MemoryLimitError
 
 PROBE = (1024, 3072)
 """Tokens of the two prompts that are measured."""
-_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,32 +232,3 @@ def largest(fits: Callable[[int], bool], high: int) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-def told_bytes(count: int) -> str:
-    """In decimal units, as "1.5 GB"."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"
-
-
-def parse_bytes(name: str, value: object) -> int:
-    """An int of bytes, or text as "12GB", "500 MB".
-
-    Raises:
-        ConfigError: It is neither, or not positive.
-    """
-    number: float | None = None
-    if isinstance(value, int) and not isinstance(value, bool):
-        number = value
-    elif isinstance(value, str):
-        text = value.strip().lower().removesuffix("b").strip()
-        scale = _UNITS.get(text[-1:]) if text[-1:].isalpha() else 1
-        try:
-            number = float(text[:-1] if text[-1:].isalpha() else text) * scale if scale else None
-        except ValueError:
-            number = None
-    if number is None or not 0 < number < 2**63:
-        raise ConfigError(f"{name}={value!r}: expected a positive number of bytes, or text as '12GB'")
-    return int(number)

@@ -9,12 +9,13 @@ from tiny_models import TinyTokenizer, tiny_model
 from transformers import PreTrainedModel
 
 from spectralquant import SpectralQuant
+from spectralquant.byte_counts import parse_bytes, told_bytes
 from spectralquant.cache.hf import SpectralCache
 from spectralquant.compat import cache_argument
 from spectralquant.corpus import get_default_calibration_texts
 from spectralquant.engine import SpectralQuantEngine
 from spectralquant.errors import ConfigError, MemoryLimitError
-from spectralquant.memory import ForwardCost, largest, parse_bytes, told_bytes
+from spectralquant.memory import ForwardCost, largest
 
 
 def filled(engine: SpectralQuantEngine, model: PreTrainedModel, batch: int, prompt: int, new: int) -> SpectralCache:

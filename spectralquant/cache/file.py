@@ -15,7 +15,7 @@ from spectralquant.tensor_file import FileKind, Header
 
 CACHE_FILE = FileKind("spectralquant-cache", 1, "cache file", "save the cache again, or compute it from the text", CacheFileError)
 TOKEN_IDS = "token_ids"
-DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16)}
+DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 SETTINGS = ("sinks", "window", "max_exact_share")
 """Fields of `CacheConfig` that the content of a cache depends on."""
 
@@ -26,16 +26,20 @@ class Identity:
 
     Attributes:
         weights: Fingerprint of the model.
+        dtype: Of the model.
         calibration: See `codec.identity`.
     """
 
     weights: str
+    dtype: str
     calibration: str
 
     def require(self, path: Path, header: Header) -> None:
-        """Raise CacheFileError unless the file was made with this model and this codec."""
+        """Raise CacheFileError unless the file was made with this model, as it is, and this codec."""
         if header.get("weights") != self.weights:
             raise CacheFileError(f"{path} was made with another model (weights {header.get('weights')}, here {self.weights}); load that model")
+        if header.get("model_dtype") != self.dtype:
+            raise CacheFileError(f"{path} was made with the model in {header.get('model_dtype')}, here it is in {self.dtype}; load the model as it was")
         if header.get("calibration") != self.calibration:
             raise CacheFileError(
                 f"{path} was made with another calibration, preset or quantizer ({header.get('calibration')}, here {self.calibration}); "
@@ -80,6 +84,7 @@ def described(state: CacheState, config: CacheConfig, identity: Identity) -> Hea
     """Metadata that go with the tensors of `state`."""
     return {
         "weights": identity.weights,
+        "model_dtype": identity.dtype,
         "calibration": identity.calibration,
         "settings": json.dumps({name: getattr(config, name) for name in SETTINGS}),
         "dtype": str(state.dtype).removeprefix("torch."),

@@ -31,6 +31,7 @@ class SpectralCache(DynamicCache):
         codecs: Layer index -> codec, from `codec.codec.build_codec`.
         config: What stays exact.
         identity: Fingerprints of the model and codec that the cache is for: `generate` of another model refuses it, and so does `load`. None: not known.
+        devices: Layer index -> where the layer runs, for what a file brings; left out, where the nearest codec is.
 
     Attributes:
         prefix_ids: Token ids [1, T] of a prefix that this cache holds for any number of follow-ups, or None. `generate` of a model
@@ -42,7 +43,12 @@ class SpectralCache(DynamicCache):
     """
 
     def __init__(
-        self, model_config: PretrainedConfig, codecs: dict[int, LayerCodec], config: CacheConfig | None = None, identity: Identity | None = None
+        self,
+        model_config: PretrainedConfig,
+        codecs: dict[int, LayerCodec],
+        config: CacheConfig | None = None,
+        identity: Identity | None = None,
+        devices: dict[int, torch.device] | None = None,
     ) -> None:
         layers = dense_layers(model_config)
         for index in codecs:
@@ -51,6 +57,7 @@ class SpectralCache(DynamicCache):
         config = config or CacheConfig()
         Cache.__init__(self, layers=[coded_layer(layer, codecs[i], config) if i in codecs else layer for i, layer in enumerate(layers)])
         self.identity = identity
+        self._devices = {} if devices is None else devices
         self.prefix_ids: Tensor | None = None
         self.decode_report: Any = None
         self._behind: SpectralLayer | None = None  # whose update came last
@@ -58,6 +65,13 @@ class SpectralCache(DynamicCache):
     @property
     def coded_layers(self) -> list[SpectralLayer]:
         return [layer for layer in self.layers if isinstance(layer, SpectralLayer)]
+
+    def device_of(self, index: int) -> torch.device:
+        """Where a layer runs."""
+        nearest = min((i for i, layer in enumerate(self.layers) if isinstance(layer, SpectralLayer)), key=lambda i: abs(i - index))
+        layer = self.layers[nearest]
+        assert isinstance(layer, SpectralLayer)
+        return self._devices.get(index, layer.codec.value_norm.device)
 
     @torch.compiler.disable
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -166,7 +180,8 @@ class SpectralCache(DynamicCache):
         Args:
             path: The file; the suffix is added if it is missing.
             model: The model that it was made with, on any device.
-            engine: A `SpectralQuantEngine` with the calibration, preset and quantizer that it was made with. What stays exact (sinks, window) is the file's.
+            engine: A `SpectralQuantEngine`, or a `SpectralQuant`, with the calibration, preset and quantizer that it was made with. What stays exact
+                (sinks, window) is the file's.
 
         Raises:
             CacheFileError: The file is missing, damaged, of another version, or made with another model, calibration or preset.
@@ -174,14 +189,13 @@ class SpectralCache(DynamicCache):
         cache: SpectralCache = engine.cache(model)
         assert cache.identity is not None
         target = with_suffix(path)
-        state, ids, config = read_cache(target, engine.cache_config, cache.identity)
-        devices, first = layer_devices(model), model_device(model)
-        with plain_arithmetic(first):
+        state, ids, config = read_cache(target, cache.coded_layers[0].config, cache.identity)
+        with plain_arithmetic(torch.device("cpu")):
             try:
-                restore_cache(cache, state, config, lambda index: devices.get(index, first))
+                restore_cache(cache, state, config, cache.device_of)
             except CacheFileError as error:
                 raise CacheFileError(f"{target} can't be used: {error}") from error
-        cache.prefix_ids = None if ids is None else ids.to(first)
+        cache.prefix_ids = None if ids is None else ids.to(model_device(model))
         return cache
 
     @property
@@ -278,6 +292,9 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 def layer_devices(model: PreTrainedModel) -> dict[int, torch.device]:
     """Layer index -> where its attention runs, which differs between layers of a model that was loaded with a `device_map`."""
+    everywhere = {parameter.device for parameter in model.parameters()}
+    if len(everywhere) == 1 and torch.device("meta") not in everywhere:
+        return dict.fromkeys(range(len(dense_layers(model.config))), everywhere.pop())
     found: dict[int, torch.device] = {}
     for module in model.modules():
         index, device = getattr(module, "layer_idx", None), _device_of(module)

@@ -16,7 +16,7 @@ from spectralquant.errors import CacheFileError, UnsupportedModelError
 
 _SEGMENT = frozenset(f.name for f in fields(SegmentState))
 _SEEN = "cumulative_length"
-_DEVICE = Callable[[int], torch.device]
+_WINDOWS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,11 @@ class CacheState:
     def batch(self) -> int:
         """Sequences."""
         return len(next(iter(self.segments.values())).start)
+
+    @property
+    def units(self) -> int:
+        """Packed units of each sequence."""
+        return next(iter(self.segments.values())).units
 
     @property
     def length(self) -> int:
@@ -71,12 +76,20 @@ class CacheState:
             raise CacheFileError(f"a layer's tensors are incomplete: {error}") from error
 
 
+def require_savable(cache: Cache) -> None:
+    """Raise UnsupportedModelError where a layer that is not coded is of a kind whose content is not known."""
+    for i, (layer, empty) in enumerate(zip(cache.layers, placeholders(cache), strict=True)):
+        if not (empty or isinstance(layer, SpectralLayer) or _is_recurrent(layer) or type(layer) in _WINDOWS):
+            raise UnsupportedModelError(f"layer {i} is a {type(layer).__name__}: what it keeps can't be saved")
+
+
 def capture_cache(cache: Cache) -> CacheState:
     """The content of a cache with coded layers; views of its tensors.
 
     Raises:
-        UnsupportedModelError: A layer that is not coded is of a kind whose content is not known.
+        UnsupportedModelError: See `require_savable`.
     """
+    require_savable(cache)
     layers: list[Any] = list(cache.layers)
     state = CacheState({}, dtype=next(layer.segment.dtype for layer in layers if isinstance(layer, SpectralLayer) and layer.segment is not None))
     for i, (layer, empty) in enumerate(zip(layers, placeholders(cache), strict=True)):
@@ -84,19 +97,17 @@ def capture_cache(cache: Cache) -> CacheState:
             continue
         if isinstance(layer, SpectralLayer) and layer.segment is not None:
             state.segments[i] = capture(layer.segment)
-        if isinstance(layer, RECURRENT) and not isinstance(layer, DynamicLayer):
+        if _is_recurrent(layer):
             state.others[i] = {name: t for name, t in _flattened(layer, STATES).items() if t is not None}
             state.flags[i] = _flattened(layer, STATE_FLAGS)
-        elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        elif type(layer) in _WINDOWS:
             window: dict[str, Any] = vars(layer)
             state.others[i] = {name: window[name] for name in ("keys", "values")}
             state.flags[i] = {_SEEN: layer.cumulative_length} if type(layer) is DynamicSlidingWindowLayer else {}
-        elif not isinstance(layer, SpectralLayer):
-            raise UnsupportedModelError(f"layer {i} is a {type(layer).__name__}: what it keeps can't be saved")
     return state
 
 
-def restore_cache(cache: Cache, state: CacheState, config: CacheConfig, device_of: _DEVICE) -> None:
+def restore_cache(cache: Cache, state: CacheState, config: CacheConfig, device_of: Callable[[int], torch.device]) -> None:
     """Give an empty cache this content; packed units are not copied on a CPU.
 
     Args:
@@ -122,10 +133,14 @@ def restore_cache(cache: Cache, state: CacheState, config: CacheConfig, device_o
         _restore_other(layer, i, None if empty else state, device_of)
 
 
-def _restore_other(layer: Any, index: int, state: CacheState | None, device_of: _DEVICE) -> None:
+def _is_recurrent(layer: Any) -> bool:
+    return isinstance(layer, RECURRENT) and not isinstance(layer, DynamicLayer)
+
+
+def _restore_other(layer: Any, index: int, state: CacheState | None, device_of: Callable[[int], torch.device]) -> None:
     """Tensors and flags of a layer that is not coded, or of a coded one's recurrent states."""
     tensors, flags = ({}, {}) if state is None else (state.others.get(index, {}), state.flags.get(index, {}))
-    if state is not None and isinstance(layer, RECURRENT) and not isinstance(layer, DynamicLayer):
+    if state is not None and _is_recurrent(layer):
         for name, tensor in tensors.items():
             if len(tensor) != state.batch:
                 raise CacheFileError(f"{index}.{name} has {len(tensor)} sequences, others {state.batch}")
@@ -134,7 +149,7 @@ def _restore_other(layer: Any, index: int, state: CacheState | None, device_of: 
             layer.dtype, layer.device = held.dtype, held.device
         for name, flag in flags.items():
             _set(layer, index, name, STATE_FLAGS, flag)
-    elif state is not None and type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+    elif state is not None and type(layer) in _WINDOWS:
         _restore_window(layer, index, state, device_of(index))
     elif tensors or flags:
         raise CacheFileError(f"layer {index} has {', '.join(sorted({*tensors, *flags}))}, of which this model's keeps nothing")

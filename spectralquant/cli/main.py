@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from spectralquant.cli import bench, calibrate, chat, demo, doctor, evaluate, generate, inspect, plan, presets, report, sweep
+from spectralquant.cli.store import store
 from spectralquant.errors import MemoryLimitError, SpectralQuantError
 from spectralquant.version import __version__
 
@@ -23,6 +24,7 @@ _PANELS = {
 for _panel, _verbs in _PANELS.items():
     for _verb in _verbs:
         app.command(rich_help_panel=_panel)(_verb)
+app.add_typer(store, name="store", rich_help_panel="Look up")
 
 
 def _print_version(asked: bool) -> None:

@@ -28,11 +28,11 @@ def plan(
     spectralquant plan smollm2 --batch 8 --context 8192 --memory 8GB
     spectralquant plan meta-llama/Llama-3.1-8B-Instruct --batch 12 --context 32768 --memory 80GB
     """
+    from spectralquant.byte_counts import parse_bytes, told_bytes
     from spectralquant.cli.models import load_shape
     from spectralquant.cli.output import Output
     from spectralquant.config import require_int
     from spectralquant.errors import ConfigError
-    from spectralquant.memory import parse_bytes, told_bytes
     from spectralquant.presets import PRESETS
     from spectralquant.sizing import fit, planner_for
 

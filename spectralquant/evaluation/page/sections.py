@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from spectralquant.byte_counts import told_bytes
 from spectralquant.evaluation.page.run import Row, Run, listed
 from spectralquant.evaluation.page.svg import inline_svg
 from spectralquant.evaluation.plots.bit_allocation import coded_jointly, draw_bit_allocation
@@ -14,7 +15,6 @@ from spectralquant.evaluation.plots.speed import draw_memory_by_context, draw_pr
 from spectralquant.evaluation.plots.style import OURS, Point, points_of
 from spectralquant.evaluation.report import RunReport, Table, tables_of
 from spectralquant.evaluation.speed import UNCOMPRESSED
-from spectralquant.memory import told_bytes
 
 
 @dataclass(frozen=True, slots=True)

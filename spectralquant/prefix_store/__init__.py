@@ -1,0 +1,1 @@
+"""Compressed prefixes on disk, found by their tokens and shared between processes."""
