@@ -1,6 +1,7 @@
 """Every family of models that `model_families` lists, on one tiny random model each: a family is coded and right, or refused by name."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from model_families import FAMILIES, WINDOW, Family, Prepared, prepare
 from models_table import DOCUMENT, render
 from packaging.version import Version
 from releases import skip_before
+from tiny_models import TinyTokenizer
 from transformers import DynamicCache, __version__
 
+from spectralquant import PrefixStore
 from spectralquant.cache.hf import SpectralCache
 from spectralquant.cache.layers import SpectralLayer
 from spectralquant.codec.layout import UNIT
@@ -180,3 +183,29 @@ def test_document_is_what_was_run() -> None:
     if f"\n{__version__}: " not in text:
         pytest.skip("docs/models.md was written with another transformers")
     assert text == render()
+
+
+def test_a_saved_cache_goes_on_with_the_same_logits(family: Prepared, tmp_path: Path) -> None:
+    """Sliding windows and recurrent states are in the file too."""
+    prompt, more, cache = ids(PROMPT, 2), ids(2, 2), family.engine.cache(family.model)
+    logits(family, prompt, cache)
+    loaded = SpectralCache.load(cache.save(tmp_path / "cache"), family.model, family.engine)
+    for token in more.split(1, 1):
+        assert torch.equal(logits(family, token, loaded), logits(family, token, cache))
+    assert loaded.get_seq_length() == cache.get_seq_length() == PROMPT + 2
+
+
+def test_a_stored_prompt_gives_the_same_tokens(family: Prepared, tmp_path: Path) -> None:
+    engine, model, store = family.engine, family.model, PrefixStore(tmp_path / "store")
+    prompt = family.family.inputs(ids(PROMPT))
+    if prompt.keys() != {"input_ids"}:
+        pytest.skip("images don't go through engine.generate")
+
+    def run() -> tuple[Any, dict[str, Any]]:
+        out = engine.generate(model, TinyTokenizer(), prompt["input_ids"], 4, store=store, eos_token_id=None)
+        return out["tokens"], out["stats"]["store"]
+
+    (first, miss), (second, hit) = run(), run()
+    assert (miss["hit_tokens"], hit["hit_tokens"], hit["exact"]) == (0, PROMPT - 1, True)
+    assert first == second and hit["written_bytes"] == 0 < miss["written_bytes"]
+    assert not store.verify()

@@ -31,7 +31,7 @@ from spectralquant.prefix_store.folder import Entry, Problem, block_path, entrie
 from spectralquant.prefix_store.names import block_names
 from spectralquant.prefix_store.shape import StoredShape
 
-T = TypeVar("T")
+T = TypeVar("T", Block, Tail)
 _log = logging.getLogger("spectralquant")
 
 LOCK = "evicting.lock"
@@ -74,6 +74,14 @@ class Usage:
     saved_seconds: float = 0.0
     written_bytes: int = 0
     evicted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Files of blocks in order, and of the tail behind them."""
+
+    blocks: list[Path]
+    tail: Path | None
 
 
 class PrefixStore:
@@ -124,7 +132,7 @@ class PrefixStore:
         shape, ids = StoredShape.of(cache), _flat(token_ids)
         found = self._find(shape, ids)
         blocks = self._read_blocks(shape, ids, found)
-        tail = None if found.tail is None or len(blocks) < len(found.blocks) else self._try_read(found.tail, Tail.read)
+        tail = self._read_tail(found, ids) if len(blocks) == len(found.blocks) else None
         whole = tail is not None and self._restore(cache, shape, blocks, tail, found.tail)
         window = len(blocks) if whole else min(len(blocks), shape.packed_of(len(ids)))
         if not whole and window:
@@ -137,7 +145,7 @@ class PrefixStore:
         self._count(hit)
         return hit
 
-    def _find(self, shape: StoredShape, ids: Tensor) -> "_Found":
+    def _find(self, shape: StoredShape, ids: Tensor) -> _Found:
         """The files with the longest stored beginning of ids [T]."""
         root = self.directory / shape.root
         names = block_names(shape.root, ids)
@@ -149,19 +157,28 @@ class PrefixStore:
                 return _Found([block_path(root, name) for name in names[:count]], tail)
         return _Found([block_path(root, name) for name in names[:packed]], None)
 
-    def _read_blocks(self, shape: StoredShape, ids: Tensor, found: "_Found") -> list[Block]:
+    def _read_blocks(self, shape: StoredShape, ids: Tensor, found: _Found) -> list[Block]:
         blocks: list[Block] = []
         for i, path in enumerate(found.blocks):
-            block = self._try_read(path, lambda path: Block.read(path, shape.layers))
-            if block is None or not torch.equal(block.token_ids, ids[UNIT * i : UNIT * (i + 1)]):
+            block = self._try_read(path, lambda path: Block.read(path, shape.layers), ids[UNIT * i : UNIT * (i + 1)])
+            if block is None:
                 break
             blocks.append(block)
         return blocks
 
-    def _try_read(self, path: Path, read: Callable[[Path], T]) -> T | None:
-        """What is in an entry, or None: it is gone meanwhile, or can't be used and is removed."""
+    def _read_tail(self, found: _Found, ids: Tensor) -> Tail | None:
+        if found.tail is None:
+            return None
+        length = int(found.tail.name.partition("-")[0])
+        return self._try_read(found.tail, Tail.read, ids[UNIT * len(found.blocks) :][:length])
+
+    def _try_read(self, path: Path, read: Callable[[Path], T], ids: Tensor) -> T | None:
+        """The entry with these tokens [n], or None: it is gone meanwhile, or can't be used and is removed."""
         try:
-            return read(path)
+            entry = read(path)
+            if not torch.equal(entry.token_ids, ids):
+                raise CacheFileError(f"{path} holds another text than its name says")
+            return entry
         except CacheFileError as error:
             if path.is_symlink() or path.exists():
                 self._drop(path, error)
@@ -296,22 +313,25 @@ class PrefixStore:
             progress: Called after every file.
 
         Returns:
-            What is wrong: entries that can't be read, blocks that no text can reach, and files that a process has begun and not finished.
+            What is wrong: entries that can't be read, entries that no text can reach, and files that a process has begun and not finished.
         """
         problems: list[Problem] = []
+        before: dict[Path, Path] = {}  # of every entry, the file in front of it: a block, or the root's folder
         for path, stat in files(self.directory):
             try:
-                before = require_own_name(path) if kind_of(path) else ""
-                root = root_of(path)
-                if before and before != root.name and not block_path(root, before).is_file():
-                    problems.append(Problem(path, "the block before it is gone, no text reaches it", False))
-                elif not before and time.time() - stat.st_mtime > STALE_SECONDS:
+                if kind_of(path):
+                    root, name = root_of(path), require_own_name(path)
+                    before[path] = root if name == root.name else block_path(root, name)
+                elif time.time() - stat.st_mtime > STALE_SECONDS:
                     problems.append(Problem(path, "it was begun and not finished, or is no file of a store", False))
             except CacheFileError as error:
-                if path.exists():
+                if path.exists():  # it may be evicted meanwhile
                     problems.append(Problem(path, str(error), True))
             progress()
-        return problems
+        reached = {root_of(path) for path in before}
+        while more := [path for path, front in before.items() if front in reached and path not in reached]:
+            reached.update(more)
+        return problems + [Problem(path, "a block in front of it is gone, no text reaches it", False) for path in before if path not in reached]
 
     def prune(self, max_bytes: int | str | None = None, unused_for: float | None = None) -> int:
         """Remove what `verify` finds, what was not used for `unused_for` seconds, and the least recently used entries beyond `max_bytes` (None: this store's).
@@ -324,14 +344,6 @@ class PrefixStore:
             limit = time.time() - unused_for
             removed += sum(self._remove(entry.path) for entry in self.entries() if entry.used < limit)
         return removed + self._evict(self.max_bytes if max_bytes is None else parse_bytes("max_bytes", max_bytes))
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """Files of blocks in order, and of the tail behind them."""
-
-    blocks: list[Path]
-    tail: Path | None
 
 
 def snapshot(cache: SpectralCache, token_ids: Tensor, seconds: float = 0.0) -> Tail:
