@@ -215,3 +215,34 @@ def test_a_file_with_a_right_checksum_is_checked_all_the_same(engine: SpectralQu
     with pytest.raises(CacheFileError, match=text) as caught:
         SpectralCache.load(path, llama, engine)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_moves_between_devices(llama_calibration: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """To the bit where it was saved, and as near as devices are elsewhere."""
+    models = {name: tiny_model("llama", dtype).to(name) for name in ("cpu", "cuda")}
+    ids, more = tokens(900, 2), tokens(3, 2)
+    for here, there in (("cpu", "cuda"), ("cuda", "cpu")):
+        engine = SpectralQuantEngine()
+        engine.load_calibration(llama_calibration)
+        cache = engine.cache(models[here])
+        with torch.no_grad():
+            models[here](ids.to(here), **cache_argument(models[here], cache))
+            path = cache.save(tmp_path / here)
+            loaded = {name: SpectralCache.load(path, models[name], engine) for name in (here, there)}
+            want = models[here](more.to(here), **cache_argument(models[here], cache)).logits.cpu()
+            got = {name: models[name](more.to(name), **cache_argument(models[name], c)).logits.cpu() for name, c in loaded.items()}
+        assert torch.equal(got[here], want)
+        assert float((got[there] - want).norm() / want.norm()) < (1e-3 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.gpu
+def test_loaded_caches_decode_as_cuda_graphs(llama_calibration: Path, tmp_path: Path) -> None:
+    model, engine = tiny_model("llama", torch.bfloat16).cuda(), SpectralQuantEngine()
+    engine.load_calibration(llama_calibration)
+    cache, ids = engine.cache(model), tokens(700).cuda()
+    text = model.generate(ids, **cache_argument(model, cache), max_new_tokens=20, eos_token_id=199)
+    loaded = SpectralCache.load(cache.save(tmp_path / "cache"), model, engine)
+    answers = [model.generate(text, **cache_argument(model, c), max_new_tokens=300, eos_token_id=199) for c in (cache, loaded)]
+    assert torch.equal(*answers) and loaded.decode_report.replays > 250
