@@ -1,0 +1,1 @@
+"""Codes of cold prefixes, for storage only: what attention reads is made from them when they are loaded."""
