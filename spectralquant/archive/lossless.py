@@ -90,7 +90,7 @@ def _to_rows(codes: Tensor, which: str) -> Tensor:
 def _from_rows(rows: Tensor, which: str, shape: tuple[int, int, int]) -> Tensor:
     """Inverse of `_to_rows`."""
     batch, heads, units = shape
-    planes = torch.stack([(rows >> s) & 3 for s in (0, 2, 4, 6)], -1).view(batch, heads, -1, units, UNIT)
+    planes = torch.stack([(rows >> s) & 3 for s in (0, 2, 4, 6)], -1).view(batch, heads, len(rows) // max(batch * heads, 1), units, UNIT)
     return pack_planes(planes.permute(0, 1, 3, 4, 2).contiguous(), which)
 
 

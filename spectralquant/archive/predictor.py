@@ -1,7 +1,8 @@
 """What an archive knows of a model beside its calibration: how the keys and values of a layer follow from those of the layers before.
 
 A residual stream changes little from one layer to the next, and all heads of a layer, K and V alike, are projections of it. So most of what a layer
-holds can be said from what two earlier ones hold. With y = (x - mean) S^1/2 over all heads of a layer, keys before the rotary embedding, S the metric of the calibration,
+holds can be said from what two earlier ones hold. With y = (x - mean) S^1/2 over all heads of a layer, keys before the rotary embedding, S the metric of
+the calibration,
 
     y_K = [1, y^_K(l-2), y^_V(l-2), y^_K(l-1), y^_V(l-1)] P_K + c_K U_K^T,        y_V = [..., y^_K(l)] P_V + c_V U_V^T
 
@@ -70,7 +71,7 @@ class SideArchive:
 
     def enter(self, x: Tensor) -> Tensor:
         """y [T, N] of x [H, T, D]."""
-        return ((x - self.mean[:, None]) @ self.whiten).transpose(0, 1).flatten(1)
+        return _enter(self.mean, self.whiten, x)
 
     def leave(self, y: Tensor) -> Tensor:
         """Inverse of `enter`."""
@@ -201,6 +202,7 @@ class Moments:
         self.profile, self.depth = profile, depth
         self.sums: dict[int, Tensor] = {}
         self.weight: dict[int, float] = {}
+        self._roots = {i: (_roots(layer.key)[0], _roots(layer.value)[0]) for i, layer in profile.layers.items()}
 
     def add(self, layers: Layers) -> None:
         """Take one sequence: keys and values of all coded layers."""
@@ -211,11 +213,12 @@ class Moments:
                 raise ShapeError(f"layer {i}: keys {tuple(keys.shape)}, values {tuple(values.shape)}, expected [{layer.heads}, T, {layer.head_dim}]")
             counts = ~_is_sink(layer.value_norm.to(keys.device), values)
             counts[:SKIPPED] = False
-            parts = [_enter(side, x) for side, x in ((layer.key, _turn(layer.rotary, keys, -1.0)), (layer.value, values))]
+            sides = zip((layer.key, layer.value), self._roots[i], (_turn(layer.rotary, keys, -1.0), values), strict=True)
+            parts = [_enter(side.mean, root, x) for side, root, x in sides]
             before = [*before[-self.depth :], (torch.cat(parts, 1), counts)]
-            weight = torch.stack([c for _, c in before]).all(0).double()
-            stacked = torch.cat([torch.ones_like(weight)[:, None], *(y.double() for y, _ in before)], 1)
-            found = stacked.mT @ (stacked * weight[:, None])
+            weight = torch.stack([c for _, c in before]).all(0).float()
+            stacked = torch.cat([torch.ones_like(weight)[:, None], *(y for y, _ in before)], 1)
+            found = (stacked.mT @ (stacked * weight[:, None])).double()
             self.sums[i] = self.sums[i] + found if i in self.sums else found
             self.weight[i] = self.weight.get(i, 0.0) + float(weight.sum())
 
@@ -288,9 +291,9 @@ def _roots(side: SideProfile) -> tuple[Tensor, Tensor]:
     return scaled[0].float(), scaled[1].float()
 
 
-def _enter(side: SideProfile, x: Tensor) -> Tensor:
+def _enter(mean: Tensor, root: Tensor, x: Tensor) -> Tensor:
     """y [T, N] of x [H, T, D]."""
-    return ((x - side.mean.to(x.device)[:, None]) @ _roots(side)[0].to(x.device)).transpose(0, 1).flatten(1)
+    return ((x - mean.to(x)[:, None]) @ root.to(x)).transpose(0, 1).flatten(1)
 
 
 def _turn(rotary: Rotary | None, keys: Tensor, sign: float) -> Tensor:
