@@ -102,12 +102,12 @@ def add_sensitivity(model: Any, fitted: ArchiveModel, ids: Tensor, felt: dict[in
         keys, values = (x[0].float() for x in context[i])
         exact = layer.is_sink(values)
         exact[:8] = True
-        for s, (side, x) in enumerate(zip(layer.sides, (layer.still(keys), values), strict=True)):
+        for s, (side, x) in enumerate(zip(layer.sides, (layer.turned_back(keys), values), strict=True)):
             y = side.enter(x)
             power = float(y[~exact].square().mean())
             noise = torch.randn(y.shape, generator=make).to(y.device) * (NOISE[s] * power) ** 0.5
             noisy = side.leave(y + noise.masked_fill(exact[:, None], 0.0))
-            pair = (layer.still(noisy, 1.0), values) if s == 0 else (keys, noisy)
+            pair = (layer.turned(noisy), values) if s == 0 else (keys, noisy)
             changed = [*context]
             changed[i] = (pair[0][None].to(context[i][0].dtype), pair[1][None].to(context[i][1].dtype))
             got = continue_with(model, hand_over(changed, DynamicCache()), ids[:, split:], SCORED).log_softmax(-1)

@@ -2,12 +2,13 @@
 
     python docs/figures.py --calibration smollm2.safetensors
 
-All but the last are computed from SmolLM2-135M-Instruct (the `demo` extra), this calibration of it and a text of the bundled corpus. `--only architecture`
-draws the last alone, from .importlinter, and needs neither.
+These but the last are computed from SmolLM2-135M-Instruct (the `demo` extra), this calibration of it and a text of the bundled corpus. `--only architecture`
+draws the last alone, from .importlinter, and `--only archive` the curves of docs/archive.md, from benchmarks/results; they need neither.
 """
 
 import argparse
 import configparser
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from spectralquant.presets import BIT_WIDTHS
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
+RESULTS = ROOT / "benchmarks" / "results"
+ARCHIVES = {"smollm2": "SmolLM2-135M", "gemma3": "Gemma 3 270M", "qwen": "Qwen2.5-Coder-1.5B"}
+"""Result file of archives -> model."""
 BLUE, ORANGE, GREEN, GREY, PURPLE = "#3366aa", "#dd7722", "#3a9d5d", "#888888", "#8855aa"
 WIDTH_COLOURS = {0: "#cccccc", 2: "#9ecae1", 4: "#4a90c4", 6: "#08519c", 8: "#4a148c"}
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10.5, "svg.fonttype": "none", "svg.hashsalt": "docs"}
@@ -37,10 +41,13 @@ LAYER, HEAD, TOKENS = 8, 0, 1024
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", help="calibration file of SmolLM2-135M-Instruct")
-    parser.add_argument("--only", choices=["architecture"], help="draw just this one")
+    parser.add_argument("--only", choices=["architecture", "archive"], help="draw just this one")
     args = parser.parse_args()
     with rc_context(STYLE):
-        draw_architecture(IMAGES / "architecture.svg")
+        if args.only != "archive":
+            draw_architecture(IMAGES / "architecture.svg")
+        if args.only != "architecture":
+            draw_archive(IMAGES / "archive.svg")
         if args.only:
             return
         if args.calibration is None:
@@ -241,6 +248,26 @@ COLOURS = {
     **dict.fromkeys(("profile", "pretrained"), BETWEEN),
     **dict.fromkeys(("application", "paged", "cache", "attention", "codec", "kernels", "decode_graph", "cuda_graphs", "follow_up"), ONLINE),
 }
+
+
+def draw_archive(path: Path) -> None:
+    """KL against the ratio of what is stored, from the result files of benchmarks/archive.py."""
+    files = {name: RESULTS / f"archive-{name}.json" for name in ARCHIVES}
+    there = {name: json.loads(file.read_text(encoding="utf-8"))["summary"] for name, file in files.items() if file.exists()}
+    figure = Figure((4.2 * len(there), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(there), squeeze=False)[0]
+    for ax, (name, lines) in zip(axes, there.items(), strict=True):
+        archives = sorted((x for x in lines if x["method"].startswith("archive")), key=lambda x: x["ratio"])
+        for suffix, label, colour in (("", "archive, read as it is", BLUE), (", high", "packed at high after loading", ORANGE)):
+            curve = [x for x in archives if x["method"].endswith(", high") == bool(suffix)]
+            ax.plot([x["ratio"] for x in curve], [x["kl"] for x in curve], "o-", color=colour, label=label)
+        for method, label, colour in (("high", "packed cache, high", GREY), ("lossless", "the same, coded without loss", GREEN)):
+            (line,) = (x for x in lines if x["method"] == method)
+            ax.plot(line["ratio"], line["kl"], "s", color=colour, label=label)
+        ax.set(title=ARCHIVES[name], xlabel="times smaller than 16 bits, all bytes counted", ylabel="KL per token (nats)", yscale="log")
+        ax.grid(alpha=0.3, which="both")
+        ax.legend(fontsize=8, frameon=False)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def layers_of(contract: Path) -> list[list[str]]:

@@ -42,13 +42,14 @@ _HEAD = struct.Struct("<hII")
 _Streams = list[list[NDArray[np.int16]]]
 
 
-def encode_dense(model: ArchiveModel, layers: Layers, rate: int = 0) -> Tensor:
-    """Payload [N] uint8, on the CPU, of one sequence from its first token on.
+def encode_dense(model: ArchiveModel, layers: Layers, rate: int = 0, first: int = 0) -> Tensor:
+    """Payload [N] uint8, on the CPU, of one sequence or a part of it.
 
     Args:
         model: Constants, on the device of the keys.
         layers: Keys and values of every coded layer.
         rate: Steps are 2^(rate / 8) times those of the model: 8 costs a bit less where coordinates are wide, and four times the error.
+        first: Position of the first token, for keys at their rotary positions. At 0 the first tokens are attention sinks.
 
     Raises:
         ConfigError: `rate` is out of range, or keys or values are not finite.
@@ -61,15 +62,15 @@ def encode_dense(model: ArchiveModel, layers: Layers, rate: int = 0) -> Tensor:
     flags, past = list[Tensor](), list[Tensor]()
     for i, layer in model.double().layers.items():  # float64: rounded the same whatever the order in which a device sums
         keys, values = (x.double() for x in layers[i])
+        if not (keys.isfinite().all() and values.isfinite().all()):
+            raise ConfigError(f"layer {i} holds keys or values that are not finite; such a cache can't be archived")
         fine = layer.is_sink(values)
-        fine[:SINKS] = True
+        fine[: max(SINKS - first, 0)] = True
         flags.append(fine.cpu())
         seen = _inputs(past, fine, torch.float64)
-        for side, x in zip(layer.sides, (layer.still(keys), values), strict=True):
+        for side, x in zip(layer.sides, (layer.turned_back(keys, first), values), strict=True):
             y, step, predicted = side.enter(x), _steps(side, rate, fine), seen @ side.predictor
             symbols = ((y - predicted) @ side.basis / step[:, None]).round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
-            if not symbols.isfinite().all():
-                raise ConfigError(f"layer {i} holds keys or values that are not finite; such a cache can't be archived")
             _append(streams, side, rate, symbols.short().cpu(), flags[-1])
             seen = torch.cat([seen, predicted + _levels(symbols, step) @ side.basis.mT], 1)
         past = [*past, _own(seen, layer)][-model.depth :]
@@ -78,22 +79,23 @@ def encode_dense(model: ArchiveModel, layers: Layers, rate: int = 0) -> Tensor:
     return torch.frombuffer(bytearray(_HEAD.pack(rate, tokens, len(bits)) + bits + b"".join(blocks)), dtype=torch.uint8)
 
 
-def decode_dense(model: ArchiveModel, payload: Tensor, tokens: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+def decode_dense(model: ArchiveModel, payload: Tensor, tokens: int, first: int = 0) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(layer index, keys, values) one layer after the other, [H, T, D] float32 on the device of `model`, keys at their rotary positions.
 
     Args:
         model: The constants that the payload was made with.
         payload: As a file has it.
         tokens: T, as the caller has checked it: what it comes to is all that is allocated.
+        first: As it was given to `encode_dense`.
 
     Raises:
         CacheFileError: The payload is damaged, or of another length; before the first layer is given out.
     """
     rate, flags, symbols = _read(model, payload_bytes(payload), tokens)
-    return _layers(model, rate, flags, symbols)
+    return _layers(model, rate, flags, symbols, first)
 
 
-def _layers(model: ArchiveModel, rate: int, flags: Tensor, symbols: "_Symbols") -> Iterator[tuple[int, Tensor, Tensor]]:
+def _layers(model: ArchiveModel, rate: int, flags: Tensor, symbols: "_Symbols", first: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     past = list[Tensor]()
     for (i, layer), flag in zip(model.layers.items(), flags, strict=True):
         fine = flag.to(layer.value_norm.device)
@@ -104,7 +106,7 @@ def _layers(model: ArchiveModel, rate: int, flags: Tensor, symbols: "_Symbols") 
             seen = torch.cat([seen, y], 1)
             found.append(side.leave(y))
         past = [*past, _own(seen, layer)][-model.depth :]
-        yield i, layer.still(found[0], 1.0), found[1]
+        yield i, layer.turned(found[0], first), found[1]
 
 
 def _inputs(past: list[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:

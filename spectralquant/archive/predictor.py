@@ -92,9 +92,13 @@ class LayerArchive:
     def sides(self) -> tuple[SideArchive, SideArchive]:
         return self.key, self.value
 
-    def still(self, keys: Tensor, sign: float = -1.0) -> Tensor:
-        """Keys [H, T, D] of positions 0 .. T - 1 before the rotary embedding; `sign` 1: after it."""
-        return _turn(self.rotary, keys, sign)
+    def turned_back(self, keys: Tensor, first: int = 0) -> Tensor:
+        """Keys [H, T, D] of positions `first` .. as they were before the rotary embedding."""
+        return _turn(self.rotary, keys, first, -1)
+
+    def turned(self, keys: Tensor, first: int = 0) -> Tensor:
+        """Inverse of `turned_back`."""
+        return _turn(self.rotary, keys, first, 1)
 
     def is_sink(self, values: Tensor) -> Tensor:
         return _is_sink(self.value_norm, values)
@@ -213,7 +217,7 @@ class Moments:
                 raise ShapeError(f"layer {i}: keys {tuple(keys.shape)}, values {tuple(values.shape)}, expected [{layer.heads}, T, {layer.head_dim}]")
             counts = ~_is_sink(layer.value_norm.to(keys.device), values)
             counts[:SKIPPED] = False
-            sides = zip((layer.key, layer.value), self._roots[i], (_turn(layer.rotary, keys, -1.0), values), strict=True)
+            sides = zip((layer.key, layer.value), self._roots[i], (_turn(layer.rotary, keys, 0, -1), values), strict=True)
             parts = [_enter(side.mean, root, x) for side, root, x in sides]
             before = [*before[-self.depth :], (torch.cat(parts, 1), counts)]
             weight = torch.stack([c for _, c in before]).all(0).float()
@@ -296,11 +300,10 @@ def _enter(mean: Tensor, root: Tensor, x: Tensor) -> Tensor:
     return ((x - mean.to(x)[:, None]) @ root.to(x)).transpose(0, 1).flatten(1)
 
 
-def _turn(rotary: Rotary | None, keys: Tensor, sign: float) -> Tensor:
+def _turn(rotary: Rotary | None, keys: Tensor, first: int, sign: int) -> Tensor:
     if rotary is None:
         return keys
-    positions = torch.arange(keys.shape[1], device=keys.device)
-    return rotary.rotate(keys, positions if sign > 0 else -positions)
+    return rotary.rotate(keys, sign * torch.arange(first, first + keys.shape[1], device=keys.device))
 
 
 def _is_sink(value_norm: Tensor, values: Tensor) -> Tensor:

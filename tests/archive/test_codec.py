@@ -55,7 +55,7 @@ def decoded(model: ArchiveModel, payload: Tensor, tokens: int) -> Made:
 def residual_errors(model: ArchiveModel, given_: Made, found: Made) -> Iterator[tuple[Tensor, float]]:
     """|y - y^| in units of the step at rate 0, [T, N], of every side."""
     for i, layer in model.layers.items():
-        pairs = ((layer.still(given_[i][0]), layer.still(found[i][0])), (given_[i][1], found[i][1]))
+        pairs = ((layer.turned_back(given_[i][0]), layer.turned_back(found[i][0])), (given_[i][1], found[i][1]))
         for side, (x, y) in zip(layer.sides, pairs, strict=True):
             yield ((side.enter(x) - side.enter(y)) @ side.basis).abs() / 2 ** (side.step / OCTAVE), side.step
 
@@ -98,6 +98,18 @@ def test_short_sequences(tokens: int) -> None:
     given_ = layers(tokens, 52)
     found = decoded(MODEL, encode_dense(MODEL, given_), tokens)
     assert all(a.shape == b.shape for i in LAYERS for a, b in zip(found[i], given_[i], strict=True))
+
+
+def test_parts_of_a_sequence_are_that_sequence() -> None:
+    """Tokens don't depend on each other; only positions and sinks tell where a part begins."""
+    given_ = layers(200, 56)
+    whole = decoded(MODEL, encode_dense(MODEL, given_), 200)
+    for first, last in ((0, 120), (120, 200)):
+        part = {i: (k[:, first:last], v[:, first:last]) for i, (k, v) in given_.items()}
+        found = decode_dense(MODEL, encode_dense(MODEL, part, first=first), last - first, first)
+        for i, keys, values in found:
+            torch.testing.assert_close(keys, whole[i][0][:, first:last], atol=1e-4, rtol=0)
+            torch.testing.assert_close(values, whole[i][1][:, first:last], atol=1e-4, rtol=0)
 
 
 def test_values_of_a_million_come_back_as_far_as_symbols_reach() -> None:
