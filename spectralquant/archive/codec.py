@@ -17,13 +17,14 @@ same ones.
 
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spectralquant.archive.entropy import MAX_SYMBOL, compress, expand, pack_symbols, unpack_symbols
+from spectralquant.archive.entropy import MAX_SYMBOL, bytes_tensor, compress, expand, pack_symbols, split_blocks, unpack_symbols
 from spectralquant.archive.lossless import payload_bytes
 from spectralquant.archive.predictor import OCTAVE, ArchiveModel, LayerArchive, Layers, SideArchive
 from spectralquant.errors import CacheFileError, ConfigError, ShapeError
@@ -36,6 +37,7 @@ SHRINK = 0.04
 CLASSES, FINEST = 32, 10
 """Classes, and the one of a coordinate whose spread is one step."""
 MAX_RATE = 8 * OCTAVE
+_READERS = 8
 _PER_CLASS = OCTAVE // 2
 _HEAD = struct.Struct("<hII")
 
@@ -75,8 +77,8 @@ def encode_dense(model: ArchiveModel, layers: Layers, rate: int = 0, first: int 
             seen = torch.cat([seen, predicted + _levels(symbols, step) @ side.basis.mT], 1)
         past = [*past, _own(seen, layer)][-model.depth :]
     bits = compress(np.packbits(torch.stack(flags).numpy()).tobytes())
-    blocks = [pack_symbols(np.concatenate(parts)) for parts in streams if parts]
-    return torch.frombuffer(bytearray(_HEAD.pack(rate, tokens, len(bits)) + bits + b"".join(blocks)), dtype=torch.uint8)
+    blocks = [pack_symbols(torch.from_numpy(np.concatenate(parts))) for parts in streams if parts]
+    return bytes_tensor(_HEAD.pack(rate, tokens, len(bits)) + bits + b"".join(blocks))
 
 
 def decode_dense(model: ArchiveModel, payload: Tensor, tokens: int, first: int = 0) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -101,7 +103,7 @@ def _layers(model: ArchiveModel, rate: int, flags: Tensor, symbols: "_Symbols", 
         fine = flag.to(layer.value_norm.device)
         seen, found = _inputs(past, fine, torch.float32), list[Tensor]()
         for side in layer.sides:
-            q = symbols.take(side, rate, flag).to(fine.device).float()
+            q = symbols.take(side, rate, flag).float()
             y = seen @ side.predictor + _levels(q, _steps(side, rate, fine)) @ side.basis.mT
             seen = torch.cat([seen, y], 1)
             found.append(side.leave(y))
@@ -150,22 +152,25 @@ def _append(streams: _Streams, side: SideArchive, rate: int, symbols: Tensor, fl
 class _Symbols:
     """The symbols of all classes, taken in the order in which `_append` put them."""
 
-    def __init__(self, streams: dict[int, NDArray[np.int16]]) -> None:
+    def __init__(self, streams: dict[int, Tensor]) -> None:
         self._streams, self._used = streams, dict.fromkeys(streams, 0)
 
     def take(self, side: SideArchive, rate: int, flag: Tensor) -> Tensor:
-        """Symbols [T, N] of the next side."""
-        out = np.empty((len(side.level), len(flag)), np.int16)
-        for fine in (False, True):
-            chosen = np.flatnonzero(flag.numpy() == fine)
-            if len(chosen):
-                classes = _classes(side, rate, fine)
-                for c in np.unique(classes).tolist():
-                    rows = np.flatnonzero(classes == c)
-                    first = self._used[c]
-                    self._used[c] = last = first + len(rows) * len(chosen)
-                    out[np.ix_(rows, chosen)] = self._streams[c][first:last].reshape(len(rows), len(chosen))
-        return torch.from_numpy(out).mT
+        """Symbols [T, N] of the next side, on the device of the streams."""
+        tokens = [(~flag).nonzero()[:, 0], flag.nonzero()[:, 0]]
+        parts = [self._take(_classes(side, rate, bool(fine)), len(chosen)) for fine, chosen in enumerate(tokens) if len(chosen)]
+        place = torch.cat(tokens).argsort().to(parts[0].device)
+        return torch.cat(parts, 1)[:, place].mT
+
+    def _take(self, classes: NDArray[np.int64], width: int) -> Tensor:
+        """[N, width]: so many symbols of every coordinate."""
+        rows = list[Tensor]()
+        for c, count in zip(*(x.tolist() for x in np.unique(classes, return_counts=True)), strict=True):
+            first = self._used[c]
+            self._used[c] = last = first + count * width
+            rows.append(self._streams[c][first:last].view(count, width))
+        place = torch.from_numpy(np.argsort(np.argsort(classes, kind="stable"))).to(rows[0].device)
+        return torch.cat(rows)[place]
 
 
 def _read(model: ArchiveModel, data: bytes, tokens: int) -> tuple[int, Tensor, _Symbols]:
@@ -182,13 +187,12 @@ def _read(model: ArchiveModel, data: bytes, tokens: int) -> tuple[int, Tensor, _
         for side in layer.sides:
             for many, is_fine in ((tokens - fine, False), (fine, True)):
                 counts += many * np.bincount(_classes(side, rate, is_fine), minlength=CLASSES)
-    left, streams = data[_HEAD.size + size :], dict[int, NDArray[np.int16]]()
-    for c in np.flatnonzero(counts).tolist():
-        streams[c], used = unpack_symbols(left, int(counts[c]))
-        left = left[used:]
-    if len(left):
-        raise CacheFileError(f"{len(left)} bytes are left after the archive's last block; it is damaged: store the prefix again")
-    return rate, torch.from_numpy(flags), _Symbols(streams)
+    used = np.flatnonzero(counts).tolist()
+    blocks = split_blocks(data[_HEAD.size + size :], len(used))
+    device = next(iter(model.layers.values())).value_norm.device
+    with ThreadPoolExecutor(_READERS) as pool:  # zstandard lets go of the interpreter
+        symbols = list(pool.map(unpack_symbols, blocks, [int(counts[c]) for c in used], [device] * len(used)))
+    return rate, torch.from_numpy(flags), _Symbols(dict(zip(used, symbols, strict=True)))
 
 
 def _require_layers(model: ArchiveModel, layers: Layers) -> int:

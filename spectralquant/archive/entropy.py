@@ -12,7 +12,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from spectralquant.errors import CacheFileError, DependencyError
 
@@ -50,36 +52,59 @@ def expand(frame: bytes, size: int) -> bytes:
     return found
 
 
-def pack_symbols(symbols: NDArray[np.int16]) -> bytes:
-    """A block with integers of -32767 .. 32767, in the reach that makes the first `_TRIED` of them smallest."""
-    reach = min(REACHES, key=lambda r: len(_pack(symbols[:_TRIED], r, compress)))
-    return _pack(symbols, reach, lambda data: _compressor(thorough=True).compress(data))
+def pack_symbols(symbols: Tensor) -> bytes:
+    """A block with integers of -32767 .. 32767, int16 on the CPU, in the reach that makes the first `_TRIED` of them smallest."""
+    values = symbols.numpy()
+    reach = min(REACHES, key=lambda r: len(_pack(values[:_TRIED], r, compress)))
+    return _pack(values, reach, lambda data: _compressor(thorough=True).compress(data))
 
 
-def unpack_symbols(block: bytes, count: int) -> tuple[NDArray[np.int16], int]:
-    """The `count` symbols of the block at the start of `block`, and the block's length in bytes.
+def split_blocks(data: bytes, count: int) -> list[bytes]:
+    """The `count` blocks that `data` is made of.
+
+    Raises:
+        CacheFileError: It is made of something else.
+    """
+    blocks, at = list[bytes](), 0
+    for _ in range(count):
+        head = data[at : at + _BLOCK.size]
+        end = at + _BLOCK.size + sum(_BLOCK.unpack(head)[1:]) if len(head) == _BLOCK.size else len(data) + 1
+        if end > len(data):
+            raise CacheFileError("the archive ends within a block; it is truncated or damaged: store the prefix again")
+        blocks.append(data[at:end])
+        at = end
+    if at < len(data):
+        raise CacheFileError(f"{len(data) - at} bytes are left after the archive's last block; it is damaged: store the prefix again")
+    return blocks
+
+
+def unpack_symbols(block: bytes, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """The `count` symbols of a block, int16 on `device`, where all but decompression is done.
 
     Raises:
         CacheFileError: It is no block of `count` symbols.
     """
-    if len(block) < _BLOCK.size:
-        raise CacheFileError("the archive ends within a block; it is truncated: store the prefix again")
     reach, *sizes = _BLOCK.unpack(block[: _BLOCK.size])
-    if reach not in REACHES or _BLOCK.size + sum(sizes) > len(block):
-        raise CacheFileError(f"the archive has a block of reach {reach} and {sum(sizes)} bytes, {len(block)} are left; it is damaged: store the prefix again")
-    middle, end = _BLOCK.size + sizes[0], _BLOCK.size + sum(sizes)
-    per, base = REACHES[reach], 2 * reach + 1
-    merged = np.frombuffer(expand(block[_BLOCK.size : middle], -(-count // per)), np.uint8)
-    if len(merged) and merged.max() >= base**per:
+    if reach not in REACHES:
+        raise CacheFileError(f"the archive has a block of reach {reach}, expected one of {', '.join(map(str, REACHES))}; it is damaged: store the prefix again")
+    middle = _BLOCK.size + sizes[0]
+    merged = bytes_tensor(expand(block[_BLOCK.size : middle], -(-count // REACHES[reach]))).to(device).int()
+    digits = _digits(reach).to(device)
+    if merged.numel() and int(merged.max()) >= len(digits):
         raise CacheFileError("the archive has a byte that stands for no symbols; it is damaged: store the prefix again")
-    symbols = _digits(reach)[merged].reshape(-1)[:count].astype(np.int16)
-    far = np.flatnonzero(np.abs(symbols) == reach)
-    low, high = np.frombuffer(expand(block[middle:end], 2 * len(far)), np.uint8).reshape(2, -1).astype(np.int32)
+    symbols = digits.index_select(0, merged).flatten()[:count].short()
+    far = (symbols.abs() == reach).nonzero()[:, 0]
+    low, high = bytes_tensor(expand(block[middle:], 2 * len(far))).to(device).int().view(2, -1)
     above = low + 256 * high
-    if len(above) and above.max() > MAX_SYMBOL - reach:
+    if above.numel() and int(above.max()) > MAX_SYMBOL - reach:
         raise CacheFileError("the archive has a symbol beyond all; it is damaged: store the prefix again")
-    symbols[far] += (np.sign(symbols[far]) * above).astype(np.int16)
-    return symbols, end
+    symbols[far] += symbols[far].sign() * above.short()
+    return symbols
+
+
+def bytes_tensor(data: bytes) -> Tensor:
+    """[N] uint8 on the CPU."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 def _pack(symbols: NDArray[np.int16], reach: int, into_frame: Callable[[bytes], bytes]) -> bytes:
@@ -94,14 +119,14 @@ def _pack(symbols: NDArray[np.int16], reach: int, into_frame: Callable[[bytes], 
 
 
 @cache
-def _digits(reach: int) -> NDArray[np.int8]:
-    """[base^per, per]: the symbols that a byte stands for."""
+def _digits(reach: int) -> Tensor:
+    """[base^per, per] int8: the symbols that a byte stands for."""
     per, base = REACHES[reach], 2 * reach + 1
-    return (np.arange(base**per)[:, None] // base ** np.arange(per) % base - reach).astype(np.int8)
+    return (torch.arange(base**per)[:, None] // base ** torch.arange(per) % base - reach).to(torch.int8)
 
 
-@cache
 def _compressor(thorough: bool) -> Any:
+    """One of the caller's own: threads can't share them."""
     zstd = _zstd()
     chosen = {"strategy": zstd.STRATEGY_DFAST, "hash_log": 6, "chain_log": 6}
     if thorough:  # where runs of equal bytes are worth a search, 3 % smaller

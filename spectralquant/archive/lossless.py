@@ -9,7 +9,7 @@ import struct
 import torch
 from torch import Tensor
 
-from spectralquant.archive.entropy import compress, expand
+from spectralquant.archive.entropy import bytes_tensor, compress, expand
 from spectralquant.codec.layout import UNIT, RecordLayout, pack_gains, pack_planes, unpack_gains, unpack_planes
 from spectralquant.errors import CacheFileError, ShapeError
 
@@ -27,7 +27,7 @@ def pack_records(layout: RecordLayout, records: Tensor) -> Tensor:
     kinds = _outer_share(rows)
     gains = torch.cat([unpack_gains(g).flatten() for g in (key_gain, value_gain)])
     frames = [compress(t.numpy().tobytes()) for t in (kinds, rows[kinds.argsort(stable=True)], gains)]
-    return torch.frombuffer(bytearray(_HEAD.pack(*map(len, frames)) + b"".join(frames)), dtype=torch.uint8)
+    return bytes_tensor(_HEAD.pack(*map(len, frames)) + b"".join(frames))
 
 
 def unpack_records(layout: RecordLayout, payload: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -45,9 +45,9 @@ def unpack_records(layout: RecordLayout, payload: Tensor, shape: tuple[int, int,
     key, kinds_at, end = _frames(payload)
     count = batch * heads * (layout.key_planes + layout.value_planes)
     width = units * UNIT // 4
-    kinds = _tensor(expand(key, count))
-    ordered = _tensor(expand(kinds_at, count * width)).view(count, width)
-    gains = _tensor(expand(end, 2 * batch * heads * units * UNIT)).view(2, batch, heads, units, UNIT)
+    kinds = bytes_tensor(expand(key, count))
+    ordered = bytes_tensor(expand(kinds_at, count * width)).view(count, width)
+    gains = bytes_tensor(expand(end, 2 * batch * heads * units * UNIT)).view(2, batch, heads, units, UNIT)
     rows = torch.empty_like(ordered)
     rows[kinds.argsort(stable=True)] = ordered
     keys, values = rows.split([batch * heads * layout.key_planes, batch * heads * layout.value_planes])
@@ -75,10 +75,6 @@ def _frames(payload: Tensor) -> list[bytes]:
         )
     first, second = _HEAD.size + sizes[0], _HEAD.size + sizes[0] + sizes[1]
     return [data[_HEAD.size : first], data[first:second], data[second:]]
-
-
-def _tensor(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 def _to_rows(codes: Tensor, which: str) -> Tensor:
