@@ -44,6 +44,7 @@ _HEAD = struct.Struct("<hII")
 _Streams = list[list[NDArray[np.int16]]]
 
 
+@torch.no_grad()
 def encode_dense(model: ArchiveModel, layers: Layers, rate: int = 0, first: int = 0) -> Tensor:
     """Payload [N] uint8, on the CPU, of one sequence or a part of it.
 
@@ -62,7 +63,8 @@ def encode_dense(model: ArchiveModel, layers: Layers, rate: int = 0, first: int 
     tokens = _require_layers(model, layers)
     streams: _Streams = [[] for _ in range(CLASSES)]
     flags, past = list[Tensor](), list[Tensor]()
-    for i, layer in model.double().layers.items():  # float64: rounded the same whatever the order in which a device sums
+    for i, constants in model.layers.items():
+        layer = constants.map(Tensor.double)  # rounded the same whatever the order in which a device sums
         keys, values = (x.double() for x in layers[i])
         if not (keys.isfinite().all() and values.isfinite().all()):
             raise ConfigError(f"layer {i} holds keys or values that are not finite; such a cache can't be archived")

@@ -14,7 +14,7 @@ layers and heads at once; two layers as inputs save as much again on SmolLM2 as 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,16 @@ class LayerArchive:
         return _turn(self.rotary, keys, first, 1)
 
     def is_sink(self, values: Tensor) -> Tensor:
+        """[T] bool of values [H, T, D]."""
         return _is_sink(self.value_norm, values)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "LayerArchive":
+        """The same with `fn` applied to every tensor that arithmetic is done with."""
+
+        def side(s: SideArchive) -> SideArchive:
+            return replace(s, mean=fn(s.mean), whiten=fn(s.whiten), unwhiten=fn(s.unwhiten), predictor=fn(s.predictor), basis=fn(s.basis))
+
+        return replace(self, key=side(self.key), value=side(self.value), value_norm=fn(self.value_norm))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,22 +134,7 @@ class ArchiveModel:
 
     def to(self, device: torch.device | str) -> "ArchiveModel":
         """The same on another device."""
-        return self._map(lambda t: t.to(device))
-
-    def double(self) -> "ArchiveModel":
-        """The same in float64."""
-        return self._map(lambda t: t.double())
-
-    def _map(self, fn: Any) -> "ArchiveModel":
-        def side(s: SideArchive) -> SideArchive:
-            return replace(s, mean=fn(s.mean), whiten=fn(s.whiten), unwhiten=fn(s.unwhiten), predictor=fn(s.predictor), basis=fn(s.basis))
-
-        def layer(x: LayerArchive) -> LayerArchive:
-            norm = fn(x.value_norm)
-            rotary = None if x.rotary is None else replace(x.rotary, inv_freq=x.rotary.inv_freq.to(norm.device))
-            return LayerArchive(side(x.key), side(x.value), rotary, norm)
-
-        return replace(self, layers={i: layer(x) for i, x in self.layers.items()})
+        return replace(self, layers={i: layer.map(lambda t: t.to(device)) for i, layer in self.layers.items()})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a file; returns its path, with `.safetensors` added if missing. It is read together with the calibration that it was fitted with."""
@@ -208,6 +202,7 @@ class Moments:
         self.weight: dict[int, float] = {}
         self._roots = {i: (_roots(layer.key)[0], _roots(layer.value)[0]) for i, layer in profile.layers.items()}
 
+    @torch.no_grad()
     def add(self, layers: Layers) -> None:
         """Take one sequence: keys and values of all coded layers."""
         before: list[tuple[Tensor, Tensor]] = []
