@@ -263,7 +263,15 @@ def draw_archive(path: Path) -> None:
             ax.plot([x["ratio"] for x in curve], [x["kl"] for x in curve], "o-", color=colour, label=label)
         for method, label, colour in (("high", "packed cache, high", GREY), ("lossless", "the same, coded without loss", GREEN)):
             (line,) = (x for x in lines if x["method"] == method)
-            ax.plot(line["ratio"], line["kl"], "s", color=colour, label=label)
+            ax.plot(
+                line["ratio"],
+                line["kl"],
+                "s",
+                color=colour,
+                label=label,
+                markersize=9 if method == "high" else 5,
+                fillstyle="none" if method == "high" else "full",
+            )
         ax.set(title=ARCHIVES[name], xlabel="times smaller than 16 bits, all bytes counted", ylabel="KL per token (nats)", yscale="log")
         ax.grid(alpha=0.3, which="both")
         ax.legend(fontsize=8, frameon=False)

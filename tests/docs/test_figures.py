@@ -190,13 +190,13 @@ def test_the_picture_of_the_layers_is_that_of_the_contract() -> None:
 def test_table_of_archives() -> None:
     lines = {line["method"]: line for line in result("archive-smollm2")["summary"]}
     ((_, table),) = tables("docs/archive.md", "stored | times smaller")
-    names = {"packed cache, `high`": "high", "lossless": "lossless", **{f"archive`, rate {rate}": f"archive {rate}" for rate in (-4, 0, 4, 8)}}
+    names = {"packed cache, `high": "high", "lossless": "lossless", **{f"archive`, rate {rate}": f"archive {rate}" for rate in (-4, 0, 4, 8)}}
 
     def kl(method: str) -> str:
         return f"{lines[method]['kl']:.4f} ± {lines[method]['kl_se']:.4f}"
 
     assert len(table) - 2 == len(names)
     for label, ratio, divergence, agree, loaded in table[2:]:
-        method = names[label if label in names else label.strip("`")]
+        method = names[label]
         assert (ratio, divergence, agree) == (f"{lines[method]['ratio']:.1f}", kl(method), percent(lines[method]["agreement"]))
         assert loaded == (kl(f"{method}, high") if method.startswith("archive") else "")
