@@ -220,6 +220,7 @@ MEANINGS = {
     "calibration": "measures a model",
     "cache": "holds the tokens",
     "attention": "reads the codes",
+    "archive": "codes for storage",
     "codec": "encodes and decodes; the bit layout",
     "profile": "what calibration hands to the codec",
     "allocation": "fills water",
