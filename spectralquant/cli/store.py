@@ -86,10 +86,8 @@ def prune(
     """
     from spectralquant.byte_counts import parse_bytes, told_bytes
     from spectralquant.cli.output import Output
-    from spectralquant.errors import ConfigError
 
-    if unused_days is not None and not unused_days >= 0:
-        raise ConfigError(f"--unused-days {unused_days}: expected 0 or more")
+    _require_days(unused_days)
     limit = parse_bytes("--max-size", max_size) if max_size is not None else 2**62
     out, opened = Output(as_json), _opened(directory)
     before = sum(entry.nbytes for entry in opened.entries())
@@ -97,6 +95,38 @@ def prune(
     after = sum(entry.nbytes for entry in opened.entries())
     out.say(f"{removed:,} files removed, {told_bytes(before)} before, {told_bytes(after)} now")
     out.document({"directory": str(directory), "removed": removed, "bytes_before": before, "bytes": after})
+
+
+@store.command()
+def archive(
+    directory: Directory,
+    unused_days: Annotated[float, typer.Option("--unused-days", metavar="DAYS", help="What was not used for so long.")] = 7.0,
+    as_json: Json = False,
+) -> None:
+    """Code what is seldom used in fewer bytes, without loss.
+
+    \b
+    spectralquant store archive prefixes --unused-days 7
+    """
+    from tqdm.auto import tqdm
+
+    from spectralquant.byte_counts import told_bytes
+    from spectralquant.cli.output import Output
+
+    _require_days(unused_days)
+    out, opened = Output(as_json), _opened(directory)
+    before = sum(entry.nbytes for entry in opened.entries())
+    with tqdm(desc="archiving", unit=" blocks", delay=1.0, leave=False) as bar:
+        saved = opened.archive(unused_days * DAY, bar.update)
+    out.say(f"{told_bytes(saved)} saved, {told_bytes(before)} before")
+    out.document({"directory": str(directory), "saved": saved, "bytes_before": before})
+
+
+def _require_days(days: float | None) -> None:
+    from spectralquant.errors import ConfigError
+
+    if days is not None and not days >= 0:
+        raise ConfigError(f"--unused-days {days}: expected 0 or more")
 
 
 def _opened(directory: Path) -> "PrefixStore":

@@ -6,6 +6,7 @@ the bit; without one the tokens behind the last block are read anew.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,15 +14,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spectralquant.archive.lossless import pack_records, unpack_records
 from spectralquant.cache.file import TOKEN_IDS, read_dtype, read_flags
 from spectralquant.cache.segment_state import SegmentState
 from spectralquant.cache.state import CacheState
-from spectralquant.codec.layout import UNIT
+from spectralquant.codec.layout import UNIT, RecordLayout
 from spectralquant.errors import CacheFileError
 from spectralquant.tensor_file import FileKind
 
 ENTRY_FILE = FileKind("spectralquant-prefix", 1, "entry of a prefix store", "it is made again when it is needed", CacheFileError)
 BLOCK, TAIL = "block", "tail"
+PACKED, LOSSLESS = "packed", "lossless"
+"""How the records of a block lie in its file: as attention reads them, or in fewer bytes (`archive.lossless`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +34,17 @@ class Layers:
 
     Attributes:
         heads: KV heads of each.
-        head_dim, record_bytes: The same in all.
+        head_dim, layout: The same in all.
     """
 
     heads: dict[int, int]
     head_dim: int
-    record_bytes: int
+    layout: RecordLayout
+
+    @property
+    def total(self) -> int:
+        """KV heads of all layers together."""
+        return sum(self.heads.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +57,7 @@ class Block:
         counts: [layers] int32, tokens that stay exact in each.
         places: [sum of counts] int32, which of the 128 they are.
         exact_keys, exact_values: [sum of counts x heads, D], 16-bit: layer by layer [heads, count, D].
+        layout: Of the records.
         seconds: What it took to compute them.
     """
 
@@ -57,10 +67,11 @@ class Block:
     places: Tensor
     exact_keys: Tensor
     exact_values: Tensor
+    layout: RecordLayout
     seconds: float
 
     @classmethod
-    def of(cls, state: CacheState, unit: int, token_ids: Tensor, seconds: float) -> "Block":
+    def of(cls, state: CacheState, unit: int, token_ids: Tensor, layout: RecordLayout, seconds: float) -> "Block":
         """One unit of a cache with one sequence without padding."""
         records: list[Tensor] = []
         counts: list[int] = []
@@ -75,12 +86,13 @@ class Block:
             for held, tensor in zip(exact, (segment.exact_keys, segment.exact_values), strict=True):
                 held.append(tensor[0][:, own].flatten(0, 1))
         keys, values = (torch.cat(held) for held in exact)
-        return cls(token_ids, torch.cat(records), torch.tensor(counts, dtype=torch.int32), torch.cat(places), keys, values, seconds)
+        return cls(token_ids, torch.cat(records), torch.tensor(counts, dtype=torch.int32), torch.cat(places), keys, values, layout, seconds)
 
     def write(self, path: Path, before: str) -> None:
         """Write it; `before` is the name of the block in front."""
         held = {name: getattr(self, name) for name in ("token_ids", "records", "counts", "places", "exact_keys", "exact_values")}
-        ENTRY_FILE.write(path, held, {"kind": BLOCK, "before": before, "seconds": repr(self.seconds)}, durable=False)
+        planes = f"{self.layout.key_planes} {self.layout.value_planes}"
+        ENTRY_FILE.write(path, held, {"kind": BLOCK, "before": before, "level": PACKED, "planes": planes, "seconds": repr(self.seconds)}, durable=False)
 
     @classmethod
     def read(cls, path: Path, layers: Layers) -> "Block":
@@ -91,8 +103,10 @@ class Block:
         """
         tensors, header = read_entry(path, BLOCK)
         try:
-            block = cls(**tensors, seconds=read_seconds(header))
-        except TypeError as error:
+            if header.get("level") == LOSSLESS:
+                tensors["records"] = unpack_records(layers.layout, tensors["records"], (layers.total, 1, 1))[:, 0, 0]
+            block = cls(**tensors, layout=layers.layout, seconds=read_seconds(header))
+        except (TypeError, KeyError) as error:
             raise CacheFileError(f"{path} is incomplete: {error}") from error
         block._require(path, layers)
         return block
@@ -104,7 +118,7 @@ class Block:
             self.token_ids.dtype == torch.int64
             and self.token_ids.shape == (UNIT,)
             and self.records.dtype == torch.uint8
-            and self.records.shape == (int(heads.sum()), layers.record_bytes)
+            and self.records.shape == (layers.total, layers.layout.record_bytes)
             and self.counts.dtype == self.places.dtype == torch.int32
             and self.counts.shape == heads.shape
             and bool(((counts >= 0) & (counts <= UNIT)).all())
@@ -115,6 +129,40 @@ class Block:
         )
         if not right:
             raise CacheFileError(f"{path} holds no block of this model; {ENTRY_FILE.remedy}")
+
+
+def archive_block(path: Path) -> int:
+    """Write a block anew with its records in fewer bytes; the time of the file stays.
+
+    Returns:
+        Bytes saved; 0 where it is archived already, or is no smaller that way.
+
+    Raises:
+        CacheFileError: It can't be read.
+        DependencyError: The extra "archive" is not installed.
+    """
+    tensors, header = read_entry(path, BLOCK)
+    if header.get("level") != PACKED:
+        return 0
+    stat, records = path.stat(), tensors.get("records")
+    if records is None or records.dim() != 2:
+        raise CacheFileError(f"{path} has no records; {ENTRY_FILE.remedy}")
+    tensors["records"] = _in_fewer_bytes(path, records, header.get("planes", ""))
+    saved = records.nbytes - tensors["records"].nbytes
+    if saved <= 0:
+        return 0
+    ENTRY_FILE.write(path, tensors, {**header, "level": LOSSLESS}, durable=False)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    return saved
+
+
+def _in_fewer_bytes(path: Path, records: Tensor, planes: str) -> Tensor:
+    """The payload [M] of records [N, record_bytes] with "P_K P_V" planes."""
+    try:
+        key, value = map(int, planes.split())
+        return pack_records(RecordLayout(key, value), records[:, None, None])
+    except ValueError as error:  # ShapeError is one
+        raise CacheFileError(f"{path} has planes {planes!r}, expected two multiples of 16 that its records have ({error})") from error
 
 
 def unit_records(segment: SegmentState, unit: int) -> Tensor:
@@ -194,7 +242,7 @@ def joined(blocks: Sequence[Block], tail: Tail | None, layers: Layers, half: tor
         dtype: Of the model.
     """
     count = len(blocks)
-    records = torch.empty((sum(layers.heads.values()), count, layers.record_bytes), dtype=torch.uint8)
+    records = torch.empty((layers.total, count, layers.layout.record_bytes), dtype=torch.uint8)
     for i, block in enumerate(blocks):
         records[:, i] = block.records
     places = [block.places.split(block.counts.tolist()) for block in blocks]

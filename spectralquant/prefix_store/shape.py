@@ -44,7 +44,7 @@ class StoredShape:
         layers = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, SpectralLayer)}
         first = next(iter(layers.values()))
         heads = {i: layer.codec.heads for i, layer in layers.items()}
-        shape = Layers(heads, first.codec.head_dim, first.codec.layout.record_bytes)
+        shape = Layers(heads, first.codec.head_dim, first.codec.layout)
         coded_only = all(empty or type(layer) is SpectralLayer for layer, empty in zip(cache.layers, placeholders(cache), strict=True))
         return cls(root_name(cache.identity, first.config), shape, first.config, dtype, first.codec.exact_dtype_for(dtype), coded_only)
 

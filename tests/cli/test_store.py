@@ -54,11 +54,20 @@ def test_prune(store: PrefixStore, capsys: pytest.CaptureFixture[str]) -> None:
     assert document(capsys, "prune", str(store.directory), "--unused-days", "0")["bytes"] == 0
 
 
+def test_archive(store: PrefixStore, capsys: pytest.CaptureFixture[str]) -> None:
+    before = store.stats()["bytes"]
+    assert document(capsys, "archive", str(store.directory))["saved"] == 0, "nothing was unused for a week"
+    archived = document(capsys, "archive", str(store.directory), "--unused-days", "0")
+    assert archived["saved"] > 0 and archived["bytes_before"] == before > store.stats()["bytes"]
+    assert not store.verify()
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
         (("ls", "nowhere"), "FOLDER nowhere: there is no such folder"),
         (("prune", ".", "--max-size", "big"), "--max-size='big': expected a positive number of bytes"),
+        (("archive", ".", "--unused-days", "-1"), "--unused-days -1.0: expected 0 or more"),
         (("prune", ".", "--unused-days", "-1"), "--unused-days -1.0: expected 0 or more"),
     ],
 )

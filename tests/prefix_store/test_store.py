@@ -20,6 +20,7 @@ from spectralquant.codec.layout import UNIT
 from spectralquant.compat import cache_argument
 from spectralquant.config import CacheConfig
 from spectralquant.errors import ConfigError
+from spectralquant.prefix_store.entries import ENTRY_FILE
 from spectralquant.prefix_store.folder import Entry
 
 WINDOW = CacheConfig().window
@@ -323,6 +324,55 @@ def test_processes_share_one(llama_calibration: Path, store: PrefixStore) -> Non
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert not [p for p in store.verify() if p.broken] and store.stats()["bytes"] <= 250_000
+
+
+def test_cold_blocks_take_fewer_bytes_and_come_back_to_the_bit(engine: SpectralQuantEngine, llama: PreTrainedModel, store: PrefixStore) -> None:
+    ids, more = tokens(1500), tokens(3)
+    cache = read(engine, llama, ids)
+    store.save(cache, ids)
+    before, used = store.stats()["bytes"], {entry.path: entry.used for entry in store.entries()}
+    assert store.archive(3600) == 0, "all was used a moment ago"
+    time.sleep(0.01)
+    seen: list[int] = []
+    saved = store.archive(0.0, lambda: seen.append(1))
+    assert saved > 0 and len(seen) == whole(ids) and abs(before - store.stats()["bytes"] - saved) < 20 * len(seen), "metadata are a few bytes longer"
+    assert {entry.path: entry.used for entry in store.entries()} == used and not store.verify()
+    assert store.archive(0.0) == 0, "once"
+    other = engine.cache(llama)
+    assert store.load(other, ids).exact and torch.equal(logits(llama, other, more), logits(llama, cache, more))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("planes", "16 -3", "expected two multiples of 16"),
+        ("planes", "1600 16", "that its records have"),
+        ("records", None, "archive"),
+        ("level", "other", None),
+    ],
+)
+def test_archived_blocks_are_not_believed(
+    engine: SpectralQuantEngine, llama: PreTrainedModel, store: PrefixStore, caplog: pytest.LogCaptureFixture, name: str, value: str | None, text: str | None
+) -> None:
+    """With a right checksum."""
+    ids = tokens(700)
+    store.save(read(engine, llama, ids), ids)
+    time.sleep(0.01)
+    if name != "planes":
+        store.archive(0.0)
+    path = largest(store.entries(), "block")
+    tensors, header = ENTRY_FILE.read(path)
+    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+    if value is None:
+        tensors["records"] = tensors["records"][:-5]
+    else:
+        header[name] = value
+    ENTRY_FILE.write(path, tensors, header)
+    if name == "planes":
+        time.sleep(0.01)
+        store.archive(0.0)
+    assert store.load(engine.cache(llama), ids).tokens == 0 and "can't be used, it is removed" in caplog.text
+    assert text is None or text in caplog.text
 
 
 def test_another_model_preset_or_setting_finds_nothing(
