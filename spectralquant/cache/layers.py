@@ -112,6 +112,8 @@ class SpectralLayer(LayerInterface):
         return 0 if self.segment is None else _length_of(self.segment)
 
     def keep(self, length: int) -> None:
+        if length == 0:
+            SpectralLayer.reset(self)  # what comes next may be another batch, with other padding
         if self.segment is not None:
             with plain_arithmetic(self.segment.records.device):
                 self.segment.crop(length)

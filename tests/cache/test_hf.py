@@ -1,6 +1,7 @@
 """The cache inside real transformers code paths."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,3 +202,27 @@ def test_cache_rejects_calibration_of_more_layers(engine: SpectralQuantEngine, l
     codec = next(iter(engine.profile_codec().values()))
     with pytest.raises(UnsupportedModelError, match="layer 9"):
         SpectralCache(llama.config, {9: codec})
+
+
+@torch.no_grad()
+def test_cropped_to_nothing_takes_another_batch(engine: SpectralQuantEngine, llama: PreTrainedModel) -> None:
+    """Rows and left padding of before are forgotten: tokens in the slots of old padding would be lost."""
+    cache, fresh = engine.cache(llama), engine.cache(llama)
+    mask = torch.arange(400)[None] >= torch.tensor([0, 200, 7])[:, None]
+    llama.generate(ids(400, 3), attention_mask=mask.long(), max_new_tokens=3, past_key_values=cache)
+    cache.crop(-cache.get_seq_length())
+    prompt, step = ids(500, 2), ids(1, 2)
+    for each in (cache, fresh):
+        llama(prompt, past_key_values=each)
+    assert torch.equal(llama(step, past_key_values=cache).logits, llama(step, past_key_values=fresh).logits)
+
+
+@torch.no_grad()
+def test_file_of_rows_that_have_not_begun(engine: SpectralQuantEngine, llama: PreTrainedModel, tmp_path: Path) -> None:
+    """After a crop some rows may hold padding alone."""
+    cache = engine.cache(llama)
+    cache.set_padding(torch.arange(300)[None] >= torch.tensor([0, 200])[:, None])
+    llama(ids(300, 2), past_key_values=cache)
+    cache.crop(-250)
+    loaded, more = SpectralCache.load(cache.save(tmp_path / "cache"), llama, engine), ids(200, 2)
+    assert torch.equal(llama(more, past_key_values=loaded).logits, llama(more, past_key_values=cache).logits)
