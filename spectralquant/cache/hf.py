@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from spectralquant.cache.file import Identity, read_cache, write_cache
-from spectralquant.cache.layers import CODED, SpectralLayer, coded_layer, has_states
+from spectralquant.cache.layers import CODED, SpectralLayer, all_or_nothing, coded_layer, has_states
 from spectralquant.cache.state import capture_cache, restore_cache
 from spectralquant.codec.codec import LayerCodec, codec_nbytes
 from spectralquant.codec.packed import plain_arithmetic
@@ -92,12 +92,29 @@ class SpectralCache(DynamicCache):
             held, others = layer.get_seq_length(), first.get_seq_length() - key_states.shape[-2]
             if held != others:
                 raise ConfigError(f"layer {layer_idx} holds {held} tokens, others {others}: a forward pass was interrupted; call cache.roll_back(length)")
-        out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        with all_or_nothing([layer]):
+            out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer, SpectralLayer):
             behind, self._behind = self._behind, layer
             if behind is not None and behind is not layer:
                 behind.finish()  # while the device works on this layer
         return out
+
+    def crop(self, tokens_to_remove: int) -> None:
+        with all_or_nothing(self.layers):
+            super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        with all_or_nothing(self.layers):
+            super().reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        with all_or_nothing(self.layers):
+            super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        with all_or_nothing(self.layers):
+            super().batch_select_indices(indices)
 
     def reset(self) -> None:
         """Drop all tokens."""
@@ -139,11 +156,11 @@ class SpectralCache(DynamicCache):
         if self.get_seq_length():
             raise ConfigError(f"the cache holds {self.get_seq_length()} tokens; only an empty one can take over another cache")
         layers: list[Any] = list(dense.layers)
-        for i, (mine, other) in enumerate(zip(self.layers, layers, strict=True)):
-            if isinstance(mine, SpectralLayer):
-                mine.take_over(other)
-            else:
-                self.layers[i] = other
+        with all_or_nothing(self.layers):
+            for mine, other in zip(self.layers, layers, strict=True):
+                if isinstance(mine, SpectralLayer):
+                    mine.take_over(other)
+        self.layers = [mine if isinstance(mine, SpectralLayer) else other for mine, other in zip(self.layers, layers, strict=True)]
 
     def save(self, path: str | os.PathLike[str], token_ids: Tensor | None = None) -> Path:
         """Write everything held to one `.safetensors` file, aside and renamed: codes, exact tokens, window, positions, and fingerprints of model and codec.

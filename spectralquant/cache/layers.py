@@ -1,6 +1,7 @@
 """Layers of a HuggingFace cache that are coded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
 from typing import Any
 
@@ -222,6 +223,24 @@ if KEEPS_RECURRENT_STATES:
 def coded_layer(layer: Any, codec: LayerCodec, config: CacheConfig) -> SpectralLayer:
     """Ours in the place of transformers' `layer`, which is empty and of a type in `CODED`."""
     return CODED[type(layer)](codec, config, **state_options(layer))
+
+
+@contextmanager
+def all_or_nothing(layers: Iterable[Any]) -> Generator[None]:
+    """For a with block that changes layers, ours or transformers': where it fails, they hold what they held. Recurrent states, which are written in place,
+    don't go back."""
+    before = [(vars(layer), dict(vars(layer))) for layer in layers]
+    with ExitStack() as stack:
+        for _, was in before:
+            if isinstance(segment := was.get("segment"), Segment):
+                stack.enter_context(segment.all_or_nothing())
+        try:
+            yield
+        except BaseException:
+            for now, was in before:
+                now.clear()
+                now.update(was)
+            raise
 
 
 def has_states(layer: Any) -> bool:

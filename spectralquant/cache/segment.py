@@ -11,6 +11,10 @@ later ones go to a store behind it.
 On a GPU nobody waits for a prompt's packing either: how many of its tokens stay exact is known to the host a layer later, and only then are they copied
 (`finish`).
 
+An operation that fails, out of memory or interrupted, leaves the content as it was (`all_or_nothing`): nothing that counts is written to, what replaces it is
+a new tensor. Only what the device counts, and what lies behind it, may be ahead of the host's counts then; it follows from these, and is written anew before
+it is read again (`finish`).
+
 What decoding repeats, `encode_block`, `store_block` and `append`, is a fixed sequence of launches: what is there and where to write follows from tensors
 (`lengths`, `secondary`, `chosen`), so a CUDA graph can replay it. The host keeps counts of its own for shapes and room (`count_block`, `count_step`) and asks
 the device for one number only, a call or a block: how many exact tokens there will be, `exact_need`, known once all is encoded and before it is stored.
@@ -20,8 +24,8 @@ use float16, or bfloat16 where calibration saw values within a factor 4 of float
 """
 
 import itertools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +110,7 @@ class Segment:
         self.move, self.exact_move = next(_moves), next(_moves)
         self._padding: tuple[int, ...] | None = None
         self._unfinished: _Unfinished | None = None
+        self._unsettled = False  # `lengths`, `secondary` and unused entries of `exact_slots` may not be what the host's counts say
         self.lengths: Tensor = torch.zeros((batch, 2), dtype=torch.int32, device=keys.device)  # units packed, tokens in the window
         self.packed = self.recent = 0  # tokens in the packed store and in the window
         self.records: Tensor = keys.new_empty((batch, heads, 0, codec.layout.record_bytes), dtype=torch.uint8)
@@ -141,9 +146,10 @@ class Segment:
         if self.prefix is not None or not self.packed:
             return
         units = self.packed // UNIT
-        self.prefix = Prefix.of(self.records, units)
-        self.records = self.records[:, :, units : units + self.encoded].clone()  # an encoded block doesn't count yet
-        self.move = next(_moves)
+        with self.all_or_nothing():
+            self.prefix = Prefix.of(self.records, units)
+            self.records = self.records[:, :, units : units + self.encoded].clone()  # an encoded block doesn't count yet
+            self.move = next(_moves)
 
     def update(self, keys: Tensor, values: Tensor) -> PackedKV | None:
         """Append keys and values [B, H, T, D], or nothing of them where that fails.
@@ -158,14 +164,17 @@ class Segment:
         was_empty = self.length == 0
         self.finish()
         self.pack_ready()
-        packed, recent = self.packed, self.recent
-        try:
+        with self.all_or_nothing():
             return self._append(keys, values, was_empty)
-        except BaseException:  # out of memory, or interrupted: the next one must not find half of it
-            self._unfinished = None
-            if self.packed > packed:
-                self._drop_exact(packed)
-            self._keep(packed, recent)
+
+    @contextmanager
+    def all_or_nothing(self) -> Generator[None]:
+        """For a with block that changes the content: where it fails, everything is as before."""
+        before = dict(self.__dict__)
+        try:
+            yield
+        except BaseException:
+            self.__dict__.update(before, encoded=False, _unsettled=True)
             raise
 
     def require_batch(self, batch: int) -> None:
@@ -206,9 +215,13 @@ class Segment:
     def reserve_window(self, need: int) -> None:
         """Make room for `need` tokens in the window."""
         if need > self.recent_keys.shape[2]:
-            size = self.config.window + UNIT + self.candidates
-            self.recent_keys, self.recent_values = (_grow(t, 2, size, fill=0) for t in (self.recent_keys, self.recent_values))
+            self.recent_keys, self.recent_values = (_grow(t, 2, self._window_room, fill=0) for t in (self.recent_keys, self.recent_values))
             self.move = next(_moves)
+
+    @property
+    def _window_room(self) -> int:
+        """Tokens that the window may come to hold."""
+        return self.config.window + UNIT + self.candidates
 
     @property
     def tokens_left(self) -> int:
@@ -224,13 +237,15 @@ class Segment:
         """Pack the window's oldest block if it is due."""
         if self.tokens_left > 0:
             return
-        with self.watched():
+        with self.watched(), self.all_or_nothing():
             if not self.encoded:
                 self.reserve_unit()
                 self.encode_block()
             self.reserve_exact(int(self.exact_need()))
-            self.store_block()
-            self.count_block()
+            self._store(self.chosen, self.lengths[0, 0], self.recent_keys[:, :, :UNIT], self.recent_values[:, :, :UNIT])
+            self.secondary.copy_(self.chosen.secondary)
+            self._replace_window(self.recent_keys[:, :, UNIT : self.recent], self.recent_values[:, :, UNIT : self.recent], self.packed + UNIT)
+            self.write_lengths()
 
     def encode_block(self) -> None:
         """Write the window's oldest 128 tokens as the unit after the last one that counts. Launches only; room is there (`reserve_unit`)."""
@@ -246,9 +261,10 @@ class Segment:
         return self.chosen.secondary.max() + self.config.sinks
 
     def store_block(self) -> None:
-        """Move the encoded block out of the window: its exact tokens go to the exact store, and its unit counts. Launches only; room is there
-        (`reserve_exact`); the host's counts follow by `count_block`."""
+        """Move the encoded block out of the window, as `pack_ready` does, but in launches alone and with every tensor where it was; room is there
+        (`reserve_exact`). The host's counts follow by `count_block`; where that is not reached nobody knows what the window holds."""
         self._store(self.chosen, self.lengths[0, 0], self.recent_keys[:, :, :UNIT], self.recent_values[:, :, :UNIT])
+        self.secondary.copy_(self.chosen.secondary)
         self.lengths[:, 0] += 1
         for buffer in (self.recent_keys, self.recent_values):
             buffer[:, :, :-UNIT] = buffer[:, :, UNIT:].clone()
@@ -298,14 +314,21 @@ class Segment:
             for first in range(0, blocks, self.tile_tokens):
                 last = min(first + self.tile_tokens, blocks)
                 self._pack(keys[:, :, first:last], values[:, :, first:last], reserve=blocks - first)
-        self.reserve_window(count - blocks)
-        self.recent = count - blocks
-        self.recent_keys[:, :, : self.recent] = keys[:, :, blocks:]
-        self.recent_values[:, :, : self.recent] = values[:, :, blocks:]
+        self._replace_window(keys[:, :, blocks:], values[:, :, blocks:], self.packed)
         self.write_lengths()
 
+    def _replace_window(self, keys: Tensor, values: Tensor, packed: int) -> None:
+        """Let `packed` tokens in the store count, and in the window keys and values [B, H, T, D], in new buffers."""
+        count, room = keys.shape[2], self.recent_keys.shape[2]
+        size = room if count <= room else self._window_room
+        window = [x.new_empty((*x.shape[:2], size, x.shape[3])) for x in (self.recent_keys, self.recent_values)]
+        for to, tokens in zip(window, (keys, values), strict=True):
+            to[:, :, :count] = tokens
+        self.recent_keys, self.recent_values = window
+        self.packed, self.recent, self.encoded, self.move = packed, count, False, next(_moves)
+
     def write_lengths(self) -> None:
-        """Let the device count what the host counts: a step that failed on its way may have counted its token."""
+        """Let the device count what the host counts."""
         self.lengths[:, 0].fill_(self.packed // UNIT)
         self.lengths[:, 1].fill_(self.recent)
 
@@ -329,14 +352,32 @@ class Segment:
             self.finish()
 
     def finish(self) -> None:
-        """Store what stays exact of the last update, if that is still to be done. Everything but attention with its result does so first."""
+        """Store what stays exact of the last update, if that is still to be done; and where an operation has failed, what the device counts. Everything but
+        attention with the last update's result does so first."""
+        if self._unsettled:
+            self._settle()
         last = self._unfinished
         if last is None:
             return
-        with self.watched(), plain_arithmetic(self.records.device):
+        with self.watched(), plain_arithmetic(self.records.device), self.all_or_nothing():
             self.reserve_exact(max(last.secondary.read()) + self.config.sinks)
             self._store(last.chosen, last.before, last.keys, last.values)
-        self._unfinished = None
+            self.secondary.copy_(last.chosen.secondary)
+            self._unfinished = None
+
+    def distrust(self) -> None:
+        """Say that what the device counts may be wrong: a step failed on its way."""
+        self._unsettled = True
+
+    def _settle(self) -> None:
+        """Let the device count what the host counts, and the exact store hold nothing else."""
+        stored = self.packed if self._unfinished is None else self._unfinished.first
+        with plain_arithmetic(self.records.device):
+            counts = (self.exact_slots >= 0) & (self.exact_slots < stored)  # those in front: entries are in the order of their slots
+            self.exact_slots = self.exact_slots.masked_fill(~counts, -1)
+            self.secondary = (counts & (self.exact_slots - self.start[:, None] >= self.config.sinks)).sum(-1)
+            self.write_lengths()
+        self.exact_move, self._unsettled = next(_moves), False
 
     def _encode(self, keys: Tensor, values: Tensor, before: Tensor, records: Tensor) -> exact.ExactTokens:
         """Write keys and values [B, H, T, D] of the units after `before` [] int32 to records [B, H, T / 128, *], and choose what stays exact."""
@@ -345,11 +386,11 @@ class Segment:
         return choose(self.codec, self.config, encoded, before, self.start, self.secondary, records)
 
     def _store(self, chosen: exact.ExactTokens, before: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Copy the chosen tokens of units, keys and values [B, H, T, D], to the exact store; `before`: [] int32, units in front of them."""
+        """Copy the chosen tokens of units, keys and values [B, H, T, D], to the exact store, behind those that `secondary` counts; `before`: [] int32, units
+        in front of them."""
         store = exact_cuda.store_exact if self.encode_kernels else exact.store_exact
         to = self.exact_slots, self.exact_keys, self.exact_values
         store(chosen, before, self.start, self.secondary, self.config.sinks, keys, values, to)
-        self.secondary.copy_(chosen.secondary)
 
     def reserve_unit(self) -> bool:
         """Make room for one more unit than count. Returns whether the store has moved."""
@@ -368,72 +409,54 @@ class Segment:
         have = self.exact_slots.shape[1]
         if need > have:
             size = max(need + self.ahead * EXACT_AHEAD, have + have // 8)
-            self.exact_slots = _grow(self.exact_slots, 1, size, fill=-1)
-            self.exact_keys = _grow(self.exact_keys, 2, size, fill=0)
-            self.exact_values = _grow(self.exact_values, 2, size, fill=0)
-            self.exact_move = next(_moves)
+            with self.all_or_nothing():
+                self.exact_slots = _grow(self.exact_slots, 1, size, fill=-1)
+                self.exact_keys = _grow(self.exact_keys, 2, size, fill=0)
+                self.exact_values = _grow(self.exact_values, 2, size, fill=0)
+                self.exact_move = next(_moves)
 
     def crop(self, length: int) -> None:
         """Keep the first `length` tokens. Tokens of a block that is cut go back to the window as their code says they are."""
-        if self._unfinished is not None and length <= self._unfinished.first:
-            self._unfinished = None
-        self.finish()
+        if self._unfinished is None or length > self._unfinished.first:
+            self.finish()  # else all of it goes
         if length >= self.length:
             return
-        if length >= self.packed:
-            self._keep(self.packed, length - self.packed)
-            return
-        keep = length // UNIT * UNIT
-        view = self._view(self.recent_keys[:, :, :0], self.recent_values[:, :, :0], self.lengths)
-        back = length - keep
-        keys, values = (view.dense(which)[:, :, keep:length] for which in ("key", "value"))
-        self._drop_exact(keep)
-        if self.prefix is not None:
-            self.prefix = self.prefix.cut(keep // UNIT)
-            self.move = next(_moves)
-        self._keep(keep, back)
-        self.recent_keys[:, :, :back], self.recent_values[:, :, :back] = keys, values
-
-    def _keep(self, packed: int, recent: int) -> None:
-        """Let `packed` tokens in the store and `recent` in the window count, and no others."""
-        self.packed, self.recent, self.encoded = packed, recent, False
-        self.write_lengths()
-
-    def _drop_exact(self, first: int) -> None:
-        """Forget exact tokens of slots from `first` on."""
-        dropped = self.exact_slots >= first
-        self.secondary = self.secondary - (dropped & (self.exact_slots - self.start[:, None] >= self.config.sinks)).sum(-1)
-        order = dropped.int().argsort(dim=-1, stable=True)  # used entries stay in front
-        self.exact_slots = self.exact_slots.masked_fill(dropped, -1).gather(1, order)
-        index = order[:, None, :, None].expand_as(self.exact_keys)
-        self.exact_keys, self.exact_values = self.exact_keys.gather(2, index), self.exact_values.gather(2, index)
-        self.exact_move = next(_moves)
+        with self.all_or_nothing():
+            if length >= self.packed:
+                self.recent, self.encoded = length - self.packed, False
+                self.write_lengths()
+                return
+            keep = length // UNIT * UNIT
+            view = self._view(self.recent_keys[:, :, :0], self.recent_values[:, :, :0], self.lengths)
+            keys, values = (view.dense(which)[:, :, keep:length] for which in ("key", "value"))
+            self._replace_window(keys, values, keep)
+            self._unfinished = None
+            if self.prefix is not None:
+                self.prefix = self.prefix.cut(keep // UNIT)
+            self._settle()
 
     def map_rows(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Take the sequences that `fn` picks along dimension 0, into new storage; a prefix stays where it is."""
-        self._map(fn)
-        if self.prefix is not None:
-            self.prefix = self.prefix.map_rows(fn)
+        self._map(fn, lambda prefix: prefix.map_rows(fn))
 
     def drop_unused(self) -> None:
         """Free what no sequence begins with any more. Waits for the device."""
         if self.prefix is not None:
-            self.prefix = self.prefix.without_unused()
-            self.move = next(_moves)
+            self.prefix, self.move = self.prefix.without_unused(), next(_moves)
 
     def to(self, device: torch.device) -> None:
         """Move every tensor."""
-        self._map(lambda t: t.to(device))
-        if self.prefix is not None:
-            self.prefix = self.prefix.to(device)
+        self._map(lambda t: t.to(device), lambda prefix: prefix.to(device))
 
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+    def _map(self, fn: Callable[[Tensor], Tensor], of_prefix: Callable[[Prefix], Prefix]) -> None:
         self.finish()
-        for name in _OWN:
-            setattr(self, name, fn(getattr(self, name)))
-        self.chosen = exact.ExactTokens(fn(self.chosen.tokens), fn(self.chosen.secondary))
-        self._padding = None
-        self.move, self.exact_move = next(_moves), next(_moves)
+        with self.all_or_nothing():
+            for name in _OWN:
+                setattr(self, name, fn(getattr(self, name)))
+            self.chosen = exact.ExactTokens(fn(self.chosen.tokens), fn(self.chosen.secondary))
+            self.prefix = None if self.prefix is None else of_prefix(self.prefix)
+            self._padding = None
+            self.move, self.exact_move = next(_moves), next(_moves)
 
     def copy(self) -> "Segment":
         """An independent segment with the same content; the codec's constants and packed units are shared."""
