@@ -1,0 +1,71 @@
+"""Random programs on a cache, checked against plain tensors after every step: the long form of tests/cache/test_machine.py.
+
+    python benchmarks/state_machine.py --out FILE [--programs N] [--seed S]
+
+A program is up to --steps operations that users, transformers and `generate` do to a cache: tokens that come one by one or many at a time, crops, rows that
+move, copies, files, passes that run out of memory or are interrupted at some operation. FILE counts what was run, and holds the program that failed, if any.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from calibration import command_line
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from spectralquant.files import write_json
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from cache_machine import CacheMachine, counts
+
+AT_A_TIME = 100
+
+
+def run_programs(first: int, count: int, steps: int) -> str | None:
+    """Programs of one seed; the text of the error with the program that raised it, or None."""
+    options = settings(
+        max_examples=count, stateful_step_count=steps, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
+    try:
+        run_state_machine_as_test(seed(first)(CacheMachine), settings=options)
+    except Exception as error:
+        return "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+    return None
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--programs", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--seed", type=int, default=0, help="of the first hundred programs; the next ones have the next seeds")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON, written after every hundred programs")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    document: dict[str, Any] = {
+        "command": command_line("state_machine", argv),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers", "hypothesis")}},
+        "steps": args.steps,
+        "failure": None,
+    }
+    began, number = time.perf_counter(), args.seed
+    while counts["programs"] < args.programs and document["failure"] is None:
+        document["failure"] = run_programs(number, AT_A_TIME, args.steps)
+        document |= {"seeds": [args.seed, number], "seconds": round(time.perf_counter() - began, 1), "counts": dict(sorted(counts.items()))}
+        write_json(args.out, document)
+        print(f"{counts['programs']:,} programs, {counts['checks']:,} checks, {document['seconds']:.0f} s", flush=True)
+        number += 1
+    if document["failure"] is not None:
+        sys.exit(document["failure"])
+
+
+if __name__ == "__main__":
+    main()
