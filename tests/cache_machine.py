@@ -153,7 +153,7 @@ class CacheMachine(RuleBasedStateMachine):
     def cache(self, model: Any) -> SpectralCache:
         config = copy.deepcopy(CONFIGS["llama"])
         config.num_hidden_layers = LAYERS
-        return SpectralCache(config, self.codecs, self.config, Identity("weights", "calibration"))
+        return SpectralCache(config, self.codecs, self.config, Identity("weights", "float32", "calibration"))
 
     @property
     def it(self) -> Held:

@@ -115,7 +115,7 @@ CHANGES: dict[str, tuple[int, Change]] = {
 
 
 PASSES = {"first", "one token", "long", "block"}
-LONG_ONES = {"first", "long", "block", "fill"}
+LONG_ONES = {"first", "long", "block", "fill", "crop into units"}
 
 
 def acceptable(name: str, *more: SpectralCache) -> list[list[list[Tensor]]]:
@@ -166,9 +166,9 @@ def test_out_of_memory_at_every_operation(name: str, forever: bool) -> None:
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_interrupted_at_every_line(name: str) -> None:
-    """KeyboardInterrupt wherever a line of this package begins (of long changes every 23rd): a layer holds what it held, or what the call would bring."""
+    """KeyboardInterrupt where a line of this package begins, every seventh, of long changes every 41st: a layer holds what it held, or what the call brings."""
     count, change = CHANGES[name]
-    whole, step = held_cache(count), 23 if name in LONG_ONES else 1
+    whole, step = held_cache(count), 41 if name in LONG_ONES else 7
     change(whole)
     may_hold, n = acceptable(name, whole), 0
     for n in itertools.count(1, step):
