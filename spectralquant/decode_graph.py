@@ -132,6 +132,10 @@ class DecodeGraph(GraphSet):
         except CaptureError as error:
             self._turn_off(str(error), logging.WARNING)
             return self.forward(**inputs)
+        except BaseException:  # the device may have counted a token that the host has not
+            for segment in segments:
+                segment.distrust()
+            raise
         for segment in segments:
             segment.count_step()
         return type(out)(**{**out, "logits": out.logits.clone()})  # a replay writes where the last one did
@@ -163,9 +167,15 @@ class DecodeGraph(GraphSet):
             for segment in segments:
                 segment.store_block()
 
-        self.repeat("store", launch, _moves(segments, True))
-        for segment in segments:
-            segment.count_block()
+        try:
+            self.repeat("store", launch, _moves(segments, True))
+            for segment in segments:
+                segment.count_block()
+        except CaptureError:
+            raise
+        except BaseException:  # nobody knows which windows have moved on
+            self.cache.reset()
+            raise
 
     def _encode_blocks(self, segments: list[Segment]) -> None:
         needs = self._needs = self._needs or Readback(torch.zeros(len(segments), dtype=torch.int64, device=self.model.device))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import FailingOperations
 from graph_doubles import DoubledGraph, Tape, use_doubles
 from tiny_models import TinyTokenizer, tiny_model
 from torch import Tensor
@@ -236,6 +237,35 @@ def test_long_decoding_takes_no_more_memory_than_packing_with_known_counts(
             table.feed(cache, part)
             assert cache.nbytes <= 1.01 * plain.nbytes
     assert graph.replays["store"] > 10
+
+
+@pytest.mark.parametrize("at", [325, 376, 384], ids=["step", "encode", "store"])
+def test_steps_that_fail_count_nothing(table: TableModel, taped: list[DoubledGraph], at: int) -> None:
+    """At any operation of a step, be it captured by then or not: the cache goes on from the tokens before. Where windows may have moved on in some layers
+    it is empty."""
+    ids = random_ids(400)
+    plain = table.cache(CacheConfig())
+    table.feed(plain, ids[:, :320], one_by_one=False)
+    table.feed(plain, ids[:, 320:])
+    emptied = failed = 0
+    for n in (1, 7, 19, *range(40, 400, 45)):
+        cache = table.cache(CacheConfig())
+        with graphed(table, cache) as graph:
+            table.feed(cache, ids[:, :320], one_by_one=False)
+            table.feed(cache, ids[:, 320:at])
+            try:
+                with FailingOperations(n):
+                    table.feed(cache, ids[:, at : at + 1])
+            except torch.OutOfMemoryError:
+                failed += 1
+            if not cache.get_seq_length():
+                emptied += 1
+                continue
+            cache.roll_back(at)
+            table.feed(cache, ids[:, cache.get_seq_length() :])
+        assert_same(plain, cache)
+        assert graph.replays["step"]
+    assert failed > 2 and (emptied > 0) == (at == 384)
 
 
 # What is not captured ------------------------------------------------------------------------------------------------
