@@ -1,17 +1,21 @@
 """Random programs on a cache, checked against plain tensors after every step: the long form of tests/cache/test_machine.py.
 
-    python benchmarks/state_machine.py --out FILE [--programs N] [--seed S]
+    python benchmarks/state_machine.py --out FILE [--programs N] [--seed S] [--workers N]
 
 A program is up to --steps operations that users, transformers and `generate` do to a cache: tokens that come one by one or many at a time, crops, rows that
 move, copies, files, passes that run out of memory or are interrupted at some operation. FILE counts what was run, and holds the program that failed, if any.
 """
 
 import argparse
+import itertools
 import os
 import platform
 import sys
 import time
+from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +32,29 @@ from cache_machine import CacheMachine, counts
 AT_A_TIME = 100
 
 
-def run_programs(first: int, count: int, steps: int) -> str | None:
-    """Programs of one seed; the text of the error with the program that raised it, or None."""
+def run_programs(number: int, steps: int) -> tuple[Counter[str], str | None]:
+    """Programs of one seed: what was done, and the text of the error with the program that raised it, or None."""
+    torch.set_num_threads(1)
+    before, failure = counts.copy(), None
     options = settings(
-        max_examples=count, stateful_step_count=steps, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+        max_examples=AT_A_TIME, stateful_step_count=steps, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
     )
     try:
-        run_state_machine_as_test(seed(first)(CacheMachine), settings=options)
+        run_state_machine_as_test(seed(number)(CacheMachine), settings=options)
     except Exception as error:
-        return "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
-    return None
+        failure = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+    return counts - before, failure
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", type=int, default=10_000)
+    parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0, help="of the first hundred programs; the next ones have the next seeds")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON, written after every hundred programs")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
     document: dict[str, Any] = {
         "command": command_line("state_machine", argv),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -56,13 +62,20 @@ def main(argv: list[str] | None = None) -> None:
         "steps": args.steps,
         "failure": None,
     }
-    began, number = time.perf_counter(), args.seed
-    while counts["programs"] < args.programs and document["failure"] is None:
-        document["failure"] = run_programs(number, AT_A_TIME, args.steps)
-        document |= {"seeds": [args.seed, number], "seconds": round(time.perf_counter() - began, 1), "counts": dict(sorted(counts.items()))}
-        write_json(args.out, document)
-        print(f"{counts['programs']:,} programs, {counts['checks']:,} checks, {document['seconds']:.0f} s", flush=True)
-        number += 1
+    began, seeds, done = time.perf_counter(), itertools.count(args.seed), Counter[str]()
+    with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+        running = {pool.submit(run_programs, next(seeds), args.steps) for _ in range(args.workers)}
+        while running:
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for one in ended:
+                more, failure = one.result()
+                done += more
+                document["failure"] = document["failure"] or failure
+                if done["programs"] < args.programs and document["failure"] is None:
+                    running.add(pool.submit(run_programs, next(seeds), args.steps))
+            document |= {"seconds": round(time.perf_counter() - began, 1), "counts": dict(sorted(done.items()))}
+            write_json(args.out, document)
+            print(f"{done['programs']:,} programs, {done['checks']:,} checks, {document['seconds']:.0f} s", flush=True)
     if document["failure"] is not None:
         sys.exit(document["failure"])
 
