@@ -252,6 +252,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.tokens:
             samples = list(decode(soak, args.tokens))
             document["decoding"] = {"slopes": slopes(samples), "samples": samples}
+            write_json(args.out, document)
         if args.prefixes:
             with tempfile.TemporaryDirectory() as folder:
                 facts: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from tiny_models import TinyTokenizer, tiny_model
 from transformers import StoppingCriteria
 
 from spectralquant.cache.hf import SpectralCache
+from spectralquant.compat import UNCROPPABLE
 from spectralquant.errors import ConfigError, ShapeError
 
 
@@ -155,6 +156,19 @@ def test_interrupted_where_a_window_has_slid(gemma2_pair: Pair) -> None:
         gemma2_pair.generate(text, cache, stopping_criteria=[Interrupt()])
     assert cache.get_seq_length() == 0
     gemma2_pair.require_greedy(gemma2_pair.generate(text, cache), text.shape[1])
+
+
+@torch.no_grad()
+def test_crop_that_a_window_refuses_changes_nothing(gemma2_pair: Pair) -> None:
+    """A window that has slid on can't be cropped; layers before it would have lost their tokens by then."""
+    prompt, more, cache = tokens(400), tokens(3), gemma2_pair.cache()
+    gemma2_pair.forward(prompt, cache)
+    want = gemma2_pair.forward(more, cache.copy())
+    cache.layers.reverse()  # coded layers first
+    with pytest.raises(UNCROPPABLE):
+        cache.crop(-300)
+    cache.layers.reverse()
+    assert {layer.get_seq_length() for layer in cache.layers} == {400} and torch.equal(gemma2_pair.forward(more, cache), want)
 
 
 @torch.no_grad()
