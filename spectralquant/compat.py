@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, __version__, cache_utils
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, __version__, cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 INSTALLED = f"transformers {__version__}"
@@ -35,6 +35,9 @@ def fitted_mask(mask: Tensor | None, keys: int) -> Tensor | None:
     """`mask` [..., T] without what is beyond the keys: StableLM of 5.0 has a column too many, which transformers' own attention cuts off."""
     return mask[..., :keys] if mask is not None and mask.shape[-1] > keys else mask
 
+
+ASSISTED_READS_ALL = "next_sequence_length" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters  # pyright: ignore
+"""Whether assisted decoding puts the whole text behind what a cache holds of it, with any cache: since `generate` tells a model how many tokens are new."""
 
 UNCROPPABLE = (NotImplementedError, RuntimeError, ValueError)
 """What layers of transformers raise that can't be cropped; ValueError before 5.15."""

@@ -3,9 +3,11 @@
 transformers takes a non-empty cache to hold the first tokens of `input_ids` and slices them off. A user who compressed a document
 once wants to pass a question alone, several times. So on a model that an engine was applied to, `generate` puts the prefix in front
 when it is missing, hands transformers a copy of the cache, and takes the prefix off the result. A call that fails leaves the cache
-as it found it. Everything else passes through.
+as it found it. Assisted decoding, which goes on from no cache in some releases (what it gives then is wrong, without a word), finds the cache empty. Everything
+else passes through.
 """
 
+import logging
 from collections.abc import Callable
 from functools import update_wrapper
 from typing import Any
@@ -16,10 +18,12 @@ from transformers import PreTrainedModel
 
 from spectralquant.cache.hf import SpectralCache
 from spectralquant.calibration.hf import known_fingerprint
-from spectralquant.compat import CACHE_ARGUMENTS, cache_argument
+from spectralquant.compat import ASSISTED_READS_ALL, CACHE_ARGUMENTS, INSTALLED, cache_argument
 from spectralquant.decode_graph import graphed_steps
 from spectralquant.errors import ConfigError
-from spectralquant.generation_options import finishing_tokens, last_length, sequences_each
+from spectralquant.generation_options import finishing_tokens, is_assisted, last_length, sequences_each
+
+_log = logging.getLogger("spectralquant")
 
 
 class Generate:
@@ -57,6 +61,11 @@ class Generate:
 
     def _run(self, inputs: Tensor | None, args: Any, kwargs: dict[str, Any], cache: SpectralCache) -> Any:
         options, ids = self._options(args, kwargs), kwargs.get("input_ids", inputs)
+        if ASSISTED_READS_ALL and cache.get_seq_length() and is_assisted(self.model, options):
+            _log.warning("assisted decoding of %s can't go on from a cache; the whole text is read anew", INSTALLED)
+            cache.reset()
+            if kwargs.get("attention_mask") is not None:
+                cache.set_padding(kwargs["attention_mask"])
         cache.expect(last_length(self.model, options, ids.shape[1]) if isinstance(ids, Tensor) else None)
         try:
             with graphed_steps(self.model, cache, finishing_tokens(self.model, options)):

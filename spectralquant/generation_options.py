@@ -8,9 +8,19 @@ _OTHER_SEARCH = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate
 """Options for other loops than greedy search, sampling and beams."""
 
 
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+"""Options for candidates that the model judges."""
+
+
 def sequences_each(model: Any, generation: dict[str, Any]) -> int:
     """Rows that transformers makes of each prompt: beams, or samples."""
     return max(_number(model, generation, "num_beams"), _number(model, generation, "num_return_sequences"))
+
+
+def is_assisted(model: Any, generation: dict[str, Any]) -> bool:
+    """Whether candidates come from a smaller model, from the text itself, or from the model's first layers."""
+    configs = (generation, vars(generation.get("generation_config") or model.generation_config), vars(model.generation_config))
+    return any(config.get(name) for config in configs for name in _ASSISTED)
 
 
 def finishing_tokens(model: Any, generation: dict[str, Any]) -> tuple[int, ...]:

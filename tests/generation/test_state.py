@@ -10,10 +10,10 @@ import torch
 from near_lossless import NEAR, Pair, packed_tokens, relative, tokens
 from releases import needs_windows_that_go_back
 from tiny_models import TinyTokenizer, tiny_model
-from transformers import StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 
 from spectralquant.cache.hf import SpectralCache
-from spectralquant.compat import UNCROPPABLE
+from spectralquant.compat import ASSISTED_READS_ALL, UNCROPPABLE
 from spectralquant.errors import ConfigError, ShapeError
 
 
@@ -89,6 +89,24 @@ def test_state_between_turns(pair: Pair, how: str, tmp_path: Path) -> None:
     assert torch.equal(pair.forward(more, kept), want)
 
 
+@pytest.mark.parametrize("how", ["prompt lookup", "assistant", "configuration"])
+def test_assisted_turns(llama_pair: Pair, how: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Releases that put the whole text behind the cache's first answer gave other tokens than the model, and a cache with more tokens than the text."""
+    options: dict[str, Any] = {
+        "prompt lookup": {"prompt_lookup_num_tokens": 4},
+        "assistant": {"assistant_model": tiny_model("llama", seed=3)},
+        "configuration": {"generation_config": GenerationConfig(prompt_lookup_num_tokens=4)},
+    }[how]
+    cache, text = llama_pair.cache(), tokens(200)
+    for question in (0, 90, 120):
+        text = torch.cat([text, tokens(question)], 1)
+        width = text.shape[1]
+        text = llama_pair.generate(text, cache, **options)
+        llama_pair.require_greedy(text, width)
+        assert cache.get_seq_length() == text.shape[1] - 1
+    assert ("read anew" in caplog.text) == ASSISTED_READS_ALL
+
+
 def test_prefix_with_the_whole_text_alone(pair: Pair) -> None:
     """Also where a window has slid over its beginning and can't go back."""
     prompt = tokens(600)
@@ -106,6 +124,9 @@ def test_prefix_with_beams_and_samples(pair: Pair, options: dict[str, Any]) -> N
     question = tokens(6)
     out = pair.generate(question, held, **options)
     assert len(out) == options.get("num_return_sequences", 1) and (out[:, :6] == question).all()
+    if "prompt_lookup_num_tokens" in options:
+        whole = torch.cat([held.prefix_ids, out], 1)
+        pair.require_greedy(whole, 606)
     assert pair.generate(question, held, num_beams=1).shape == (1, 18)
 
 
