@@ -130,7 +130,7 @@ def test_another_model_dtype_or_preset_is_refused(engine: SpectralQuantEngine, l
     ultra.load_calibration(llama_calibration)
     with pytest.raises(CacheFileError, match="another calibration, preset or quantizer"):
         SpectralCache.load(path, llama, ultra)
-    half = tiny_model("llama", torch.bfloat16)
+    half = tiny_model("llama").to(torch.bfloat16)
     with pytest.raises(CacheFileError, match="in float32, here it is in bfloat16"):
         SpectralCache.load(path, half, engine)
     other = tiny_model("llama", seed=1)
@@ -221,7 +221,7 @@ def test_a_file_with_a_right_checksum_is_checked_all_the_same(engine: SpectralQu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cache_moves_between_devices(llama_calibration: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     """To the bit where it was saved, and as near as devices are elsewhere."""
-    models = {name: tiny_model("llama", dtype).to(name) for name in ("cpu", "cuda")}
+    models = {name: tiny_model("llama").to(name, dtype) for name in ("cpu", "cuda")}
     ids, more = tokens(900, 2), tokens(3, 2)
     for here, there in (("cpu", "cuda"), ("cuda", "cpu")):
         engine = SpectralQuantEngine()
@@ -239,7 +239,7 @@ def test_a_cache_moves_between_devices(llama_calibration: Path, tmp_path: Path, 
 
 @pytest.mark.gpu
 def test_loaded_caches_decode_as_cuda_graphs(llama_calibration: Path, tmp_path: Path) -> None:
-    model, engine = tiny_model("llama", torch.bfloat16).cuda(), SpectralQuantEngine()
+    model, engine = tiny_model("llama").to("cuda", torch.bfloat16), SpectralQuantEngine()
     engine.load_calibration(llama_calibration)
     cache, ids = engine.cache(model), tokens(700).cuda()
     text = model.generate(ids, **cache_argument(model, cache), max_new_tokens=20, eos_token_id=199)

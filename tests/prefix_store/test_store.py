@@ -390,7 +390,7 @@ def test_another_model_preset_or_setting_finds_nothing(
 @pytest.mark.gpu
 def test_on_a_gpu(llama_calibration: Path, store: PrefixStore) -> None:
     """Hits give what misses gave, also by CUDA graphs, and a CPU's entries are taken as near as devices are."""
-    model, engine = tiny_model("llama", torch.bfloat16).cuda(), SpectralQuantEngine()
+    model, engine = tiny_model("llama").to("cuda", torch.bfloat16), SpectralQuantEngine()
     engine.load_calibration(llama_calibration)
     ids = tokens(900).cuda()
     runs = [engine.generate(model, TinyTokenizer(), ids, 300, store=store, eos_token_id=199) for _ in range(2)]
@@ -400,6 +400,6 @@ def test_on_a_gpu(llama_calibration: Path, store: PrefixStore) -> None:
     for rows in (1, 4):
         hit = engine.generate(model, TinyTokenizer(), longer, 3, store=store, num_return_sequences=rows, do_sample=rows > 1, eos_token_id=199)["stats"]["store"]
         assert hit["hit_tokens"] == (1024 if rows == 1 else 1199)
-    other = engine.cache(tiny_model("llama", torch.bfloat16))
+    other = engine.cache(tiny_model("llama").to(torch.bfloat16))
     assert store.load(other, ids[:, :-1]).exact, "on a CPU"
     assert not store.verify()
