@@ -144,7 +144,7 @@ class SpectralQuantEngine:
             "calibrated": True,
             **spectrum_summary(profile, self.preset),
             "calibration_time_s": time.perf_counter() - began,
-            "tokens": profile.certificate["tokens"],
+            "tokens": profile.certificate.get("tokens", 0),
             "certificate": profile.certificate,
             "loaded_from": None if file is None else str(file),
         }

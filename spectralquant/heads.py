@@ -105,7 +105,7 @@ class EigenspectralCalibrator:
             float(low.mean().sqrt()) if len(low) else 0.0,
             size[0.90],
             size[0.95],
-            int(profile.certificate["tokens"]),
+            int(profile.certificate.get("tokens", 0)),
             len(values),
         )
 

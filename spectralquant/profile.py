@@ -4,8 +4,8 @@ A profile holds transforms and spectra, not bit widths: one calibration serves e
 the spectra by `allocation.water_fill`. Codebooks that were trained for a plane count are kept with it.
 
 Loading runs no code (safetensors and JSON only) and checks, in this order, that the file can be
-read, its format version, the checksum over tensors and header, that every number is finite, and every shape. Whether it belongs to
-a model is checked by `Profile.require_model`.
+read, its format version, the checksum over tensors and header, and all that it holds (see `profile_format`): a checksum is no signature. Whether it
+belongs to a model is checked by `Profile.require_model`.
 """
 
 import json
@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from spectralquant.errors import ProfileError
+from spectralquant.profile_format import certificate_of, check_choices, check_tensors, layer_indices, model_of, per_layer, rotated
 from spectralquant.rope import Rotary
 from spectralquant.tensor_file import FileKind, with_suffix
 
@@ -120,7 +121,7 @@ class Choices:
     def __post_init__(self) -> None:
         for name in ("key_gain", "value_gain"):
             if getattr(self, name) not in GAINS:
-                raise ProfileError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(GAINS)}; calibrate again")
+                raise ProfileError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(GAINS)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +159,12 @@ class Profile:
             raise ProfileError(f"this calibration was made for another model ({detail}); calibrate this model instead")
 
     def require_encoder(self) -> None:
-        """Raise ProfileError unless the profile names the modules of an encoder (see `integrations.encoder`)."""
-        if not isinstance(self.model.get("modules"), list):
+        """Raise ProfileError unless the profile names the modules of an encoder, one for each layer (see `integrations.encoder`)."""
+        modules = self.model.get("modules")
+        if not isinstance(modules, list):
             raise ProfileError("this calibration is a language model's, not an encoder's; load it with SpectralQuant.load_calibration")
+        if list(self.layers) != list(range(len(modules))):
+            raise ProfileError(f"this calibration names {len(modules)} modules for layers {[*self.layers][:9]}; expected one layer a module: calibrate again")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file aside, then rename it: a crash never leaves half a file. Returns the path, with `.safetensors` added if missing."""
@@ -192,15 +196,10 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
     """
     target = with_suffix(path)
     tensors, header = _FILE.read(target)
-    bad = [name for name, t in tensors.items() if not t.isfinite().all()]
-    if bad:
-        raise ProfileError(f"{target} holds values that are not finite in {bad[0]}; calibrate again")
     try:
         return _from_tensors(tensors, header)
-    except ProfileError:
-        raise
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        raise ProfileError(f"{target} is incomplete: {error}") from error
+    except ValueError as error:
+        raise ProfileError(f"{target} can't be used: {error}; calibrate again") from error
 
 
 def read_fingerprint(path: Path) -> dict[str, Any]:
@@ -210,7 +209,7 @@ def read_fingerprint(path: Path) -> dict[str, Any]:
         ProfileError: As `load_profile`, as far as the header tells.
     """
     with _FILE.opened(path) as (_, header):
-        return json.loads(header.get("model", "{}"))
+        return model_of(header)
 
 
 def _to_tensors(profile: Profile) -> dict[str, Tensor]:
@@ -230,54 +229,24 @@ def _to_tensors(profile: Profile) -> dict[str, Tensor]:
 
 
 def _from_tensors(tensors: dict[str, Tensor], header: dict[str, str]) -> Profile:
-    interleaved = {int(i): flag for i, flag in json.loads(header["interleaved"]).items()}
-    numbers = ("peak", "key_error", "exact_share")
-    peak, key_error, exact_share = ({int(i): float(value) for i, value in json.loads(header[name]).items()} for name in numbers)
+    """The profile of a file with this content, or a ValueError that says what is wrong with it."""
+    check_tensors(tensors)
+    indices = layer_indices(tensors)
+    interleaved, numbers = rotated(header, tensors, indices), per_layer(header, indices)
     layers: dict[int, LayerProfile] = {}
-    for i in sorted({int(name.split(".")[1]) for name in tensors}):
+    for i in indices:
         sides = {n: SideProfile(*(tensors[f"layers.{i}.{n}.{p}"] for p in ("mean", "basis", "variance"))) for n in (KEY, VALUE)}
         rotary = Rotary(tensors[f"layers.{i}.inv_freq"], interleaved[i]) if i in interleaved else None
-        mass = tensors.get(f"layers.{i}.missing_mass")
-        layers[i] = LayerProfile(sides[KEY], sides[VALUE], tensors[f"layers.{i}.value_norm"], peak[i], rotary, key_error[i], exact_share[i], mass)
-        _require_shapes(i, layers[i])
+        mass, (peak, key_error, exact_share) = tensors.get(f"layers.{i}.missing_mass"), (numbers[name][i] for name in ("peak", "key_error", "exact_share"))
+        layers[i] = LayerProfile(sides[KEY], sides[VALUE], tensors[f"layers.{i}.value_norm"], peak, rotary, key_error, exact_share, mass)
     codebooks: dict[int, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
         match name.split("."):
             case ["layers", i, "codebook", planes]:
-                _require_codebook(name, tensor, layers[int(i)], int(planes))
                 codebooks.setdefault(int(planes), {})[int(i)] = tensor
             case _:
                 pass
     if any(books.keys() != layers.keys() for books in codebooks.values()):
-        raise ProfileError("the calibration file has codebooks for some layers only; calibrate again")
-    if not layers:
-        raise ProfileError("the calibration file holds no layer; calibrate again")
-    return Profile(
-        layers,
-        Choices(**json.loads(header["choices"])),
-        json.loads(header["model"]),
-        json.loads(header["certificate"]),
-        codebooks,
-    )
-
-
-def _require_codebook(name: str, book: Tensor, layer: LayerProfile, planes: int) -> None:
-    if book.dim() != 4 or book.shape[0] != layer.heads or book.shape[1] * book.shape[2] != planes or book.shape[1] * book.shape[3] != layer.head_dim:
-        raise ProfileError(f"{name} has shape {tuple(book.shape)}, expected [{layer.heads}, B, {planes} / B, {layer.head_dim} / B] for some B; calibrate again")
-
-
-def _require_shapes(index: int, layer: LayerProfile) -> None:
-    heads, dim = layer.heads, layer.head_dim
-    for name, side in ((KEY, layer.key), (VALUE, layer.value)):
-        for part, want in (("mean", (heads, dim)), ("basis", (heads, dim, dim)), ("variance", (heads, dim))):
-            got = tuple(getattr(side, part).shape)
-            if got != want:
-                raise ProfileError(f"layers.{index}.{name}.{part} has shape {got}, expected {want}; calibrate again")
-    if layer.rotary is not None and not 0 < layer.rotary.dim <= dim:
-        raise ProfileError(f"layers.{index}.inv_freq turns {layer.rotary.dim} coordinates of {dim}; calibrate again")
-    if tuple(layer.value_norm.shape) != (heads,):
-        raise ProfileError(f"layers.{index}.value_norm has shape {tuple(layer.value_norm.shape)}, expected {(heads,)}")
-    if layer.missing_mass is not None and (layer.missing_mass.dim() != 2 or len(layer.missing_mass) != heads):
-        raise ProfileError(
-            f"layers.{index}.missing_mass has shape {tuple(layer.missing_mass.shape)}, expected [{heads}, query heads per KV head]; calibrate again"
-        )
+        raise ValueError("it has codebooks for some layers only")
+    choices = Choices(**check_choices(header, asdict(Choices())))
+    return Profile(layers, choices, model_of(header), certificate_of(header), codebooks)

@@ -93,7 +93,7 @@ class FileKind:
                 yield file, header
         except SpectralQuantError:
             raise
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError) as error:
             raise self.error(f"{path} is not a readable {self.noun} ({_line(error)}), it is truncated or damaged: {self.remedy}") from error
 
     def read(self, path: Path) -> tuple[dict[str, Tensor], Header]:
@@ -109,9 +109,14 @@ class FileKind:
         return tensors, header
 
     def require_file(self, path: Path) -> None:
-        """Raise unless there is a file, and no folder or device."""
-        if not path.is_file():
-            raise self.error(f"{self.noun} {path} {'is no file' if path.exists() else 'does not exist'}: {self.remedy}")
+        """Raise unless there is a file, and no folder, pipe or device."""
+        try:
+            if path.is_file():
+                return
+            wrong = "is no file" if path.exists() else "does not exist"
+        except OSError as error:  # a folder above it may not be entered
+            raise self.error(f"{self.noun} {path} can't be reached ({error.strerror}); let this user read it") from error
+        raise self.error(f"{self.noun} {path} {wrong}: {self.remedy}")
 
     @staticmethod
     def _require_bounded(path: Path) -> None:

@@ -53,7 +53,7 @@ def tensors_of(layer: LayerProfile) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_load_profile_gives_back_what_was_saved(tmp_path: Path, interleaved: bool) -> None:
-    profile = make(interleaved, key_gain="ls", value_shift=0.1, run=64, trajectory=False, exact_below=0.2)
+    profile = make(interleaved, key_gain="ls", value_shift=0.1, run=128, trajectory=False, exact_below=0.2)
     loaded = load_profile(profile.save(tmp_path / "p"))
     assert [layer.exact_share for layer in loaded.layers.values()] == [layer.exact_share for layer in profile.layers.values()]
     assert (loaded.choices, loaded.exact_share, loaded.model, loaded.certificate) == (

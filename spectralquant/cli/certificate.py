@@ -6,8 +6,10 @@ from spectralquant.profile import Profile
 def describe_certificate(profile: Profile) -> str:
     """Several lines for a terminal."""
     c = profile.certificate
+    if "kl" not in c:
+        return f"no certificate: nothing is known about its quality\n  tokens kept exact in mid-text: {profile.exact_share:.2%}"
     head = (
-        f"certificate: {c['tokens']:,} tokens of the {c['corpus']} corpus, {c['seconds']:.0f} s; "
+        f"certificate: {c.get('tokens', 0):,} tokens of the {c.get('corpus', 'own')} corpus, {c.get('seconds', 0):.0f} s; "
         f"at '{c['preset']}' KL {c['kl']:.4f}, same token {c['agreement']:.1%} on {c['scored_tokens']} held-out tokens\n"
         "  (it ranks the candidates below and was chosen on the same tokens: optimistic, expect more on other text)"
     )

@@ -20,6 +20,7 @@ K of an anchored layer is coded as `k R(-t0)`, t0 the position of the first toke
 mean `mean R(j)`, j the offset in the run. Computed in float32; 8-bit log gains cover 2^-15.9 .. 2^15.9.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -33,6 +34,7 @@ from spectralquant.codec.joint import JointPlanes, block_index, fit_codebooks
 from spectralquant.codec.layout import GAIN_STEPS, MAX_GAIN, UNIT, RecordLayout, gain_codes, gain_values
 from spectralquant.codec.quantizer import EPS, MAX_BITS, LloydMaxBits, Quantizer, build_quantizer, scalar_of
 from spectralquant.config import Dials
+from spectralquant.errors import ProfileError
 from spectralquant.presets import CompressionPreset
 from spectralquant.profile import NORM_FLOOR, LayerProfile, Profile, SideProfile
 from spectralquant.rope import Rotary
@@ -314,6 +316,10 @@ def build_codec(
         quantizer: See `codec.quantizer.QUANTIZERS`.
         progress: Called with the share of the codebooks trained so far.
         heads: KV heads to make codecs for, where a process holds some of a model's. Sizes and codes are the same as with all of them.
+
+    Raises:
+        ConfigError, ShapeError: The sizes can't be had with this preset, dials or heads.
+        ProfileError: The profile has transforms or codebooks that can't be computed with.
     """
     layout = RecordLayout(*plane_counts(profile, preset, dials))
     frames: dict[tuple[tuple[float, ...], bool], AnchoredFrame] = {}
@@ -332,9 +338,12 @@ def build_codec(
         key_bits = coordinate_bits(whole.key.variance, layout.key_planes, dials, preset, "key", scalar)
         value_bits = coordinate_bits(layer.value.variance, layout.value_planes, dials, preset, "value", scalar)
         expected = _expected_error(whole.key, key_bits, scalar)
+        missing = None if layer.missing_mass is None else layer.missing_mass * expected
+        if not math.isfinite(expected) or (missing is not None and not bool(missing.isfinite().all())):
+            raise ProfileError(f"layer {index} of the calibration expects errors of {expected:g}, which can't be computed with; calibrate again")
         out[index] = LayerCodec(
-            _build_side(layer.key, key_bits[heads], choices.key_gain, scalar, None, device),
-            _build_side(layer.value, value_bits, choices.value_gain, scalar, None if book is None else book[heads], device),
+            _build_side(f"K of layer {index}", layer.key, key_bits[heads], choices.key_gain, scalar, None, device),
+            _build_side(f"V of layer {index}", layer.value, value_bits, choices.value_gain, scalar, None if book is None else book[heads], device),
             expected,
             layout,
             frame,
@@ -343,7 +352,7 @@ def build_codec(
             choices.exact_error * layer.key_error,
             bounds[index],
             torch.float16 if layer.peak < torch.finfo(torch.float16).max / 4 else torch.bfloat16,
-            None if layer.missing_mass is None else (layer.missing_mass * expected).to(device),
+            None if missing is None else missing.to(device),
         )
     return out
 
@@ -360,13 +369,21 @@ def _build_frame(layer: LayerProfile, run: int, trajectory: bool, device: torch.
 def value_codebooks(
     profile: Profile, planes: int, device: torch.device | str = "cpu", progress: Callable[[float], None] = lambda share: None
 ) -> dict[int, Tensor]:
-    """Layer index -> codebooks of V at `planes` planes, from the profile, or trained now on `device` and added to it (SmolLM2: some seconds on two cores)."""
+    """Layer index -> codebooks of V at `planes` planes, from the profile, or trained now on `device` and added to it (SmolLM2: some seconds on two cores).
+
+    Raises:
+        ProfileError: Those of the profile have other blocks than this release searches.
+    """
     if planes not in profile.codebooks:
         variance = torch.cat([layer.value.variance for layer in profile.layers.values()])
         heads = [layer.heads for layer in profile.layers.values()]
         books = fit_codebooks(variance, planes, device, lambda done: progress(done / len(variance)))
         own = (book.clone() for book in books.split(heads))  # storage of their own: it is counted in `nbytes`
         profile.codebooks[planes] = dict(zip(profile.layers, own, strict=True))
+    for index, book in profile.codebooks[planes].items():
+        blocks = len(block_index(profile.layers[index].head_dim))
+        if book.shape[1] != blocks:
+            raise ProfileError(f"codebooks of layer {index} for {planes} planes have {book.shape[1]} blocks, expected {blocks}; calibrate again")
     return profile.codebooks[planes]
 
 
@@ -375,10 +392,11 @@ def _expected_error(side: SideProfile, bits: Tensor, quantizer: str) -> float:
     return float((side.variance.double() * distortion).sum(-1).mean())
 
 
-def _build_side(side: SideProfile, bits: Tensor, gain: str, scalar: str, book: Tensor | None, device: torch.device) -> SideCodec:
+def _build_side(what: str, side: SideProfile, bits: Tensor, gain: str, scalar: str, book: Tensor | None, device: torch.device) -> SideCodec:
     """Constants of one side: jointly quantized with the codebooks `book`, or without any by the scalar quantizer `scalar`."""
     scale = side.variance.double().clamp_min(1e-20).sqrt()
-    inverse = scale[..., None] * torch.linalg.inv(side.basis.double())
+    inverted, singular = torch.linalg.inv_ex(side.basis.double())
+    inverse = scale[..., None] * inverted
     encode = (side.basis.double() / scale[:, None]).float().contiguous()  # kernels read rows, a basis may come transposed
 
     def quantizer(where: torch.device) -> Quantizer:
@@ -386,7 +404,12 @@ def _build_side(side: SideProfile, bits: Tensor, gain: str, scalar: str, book: T
             return build_quantizer(bits, scalar, where)
         return JointPlanes(book.to(where), scale.float().to(where), (bits > 0).to(where), block_index(bits.shape[1]).to(where))
 
-    decode = quantizer(torch.device("cpu")).rows(inverse).float()  # float64, which some devices lack
+    there = quantizer(torch.device("cpu"))  # float64, which some devices lack
+    decode = there.rows(inverse).float()
+    if bool(singular.any()) or not bool(encode.isfinite().all() and decode.isfinite().all()):
+        raise ProfileError(f"the transform of {what} in the calibration can't be inverted; calibrate again")
+    if isinstance(there, JointPlanes) and not there.searchable():
+        raise ProfileError(f"the codebooks of {what} in the calibration can't be searched; calibrate again")
     return SideCodec(encode.to(device), decode.to(device), side.mean.to(device), scale.float().to(device), quantizer(device), gain)
 
 

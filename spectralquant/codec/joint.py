@@ -90,6 +90,14 @@ class JointPlanes:
         """Of all H B codebooks, as `quantize` searches them."""
         return build_tables(self.scaled_rows(), _ridge(self._block_scale().square()))
 
+    def searchable(self) -> bool:
+        """Whether `tables` can be made: codebooks of a damaged calibration may be too large for their ridge."""
+        try:
+            made = self.tables()
+        except torch.linalg.LinAlgError:
+            return False
+        return bool(made.filters.isfinite().all() and made.reach.isfinite().all() and made.weight.isfinite().all())
+
     def symbols(self, planes: Tensor, head_axis: int) -> Tensor:
         """planes [..., P] uint8 -> float32 [..., P]; dimension `head_axis` has H entries."""
         return planes.float()

@@ -19,7 +19,7 @@ from spectralquant.calibration.hf import TOKENS_PER_DIMENSION, ModelStatistics, 
 from spectralquant.codec.budget import require_head_dim
 from spectralquant.codec.codec import LayerCodec, build_codec, place_codecs
 from spectralquant.config import Dials, require_int
-from spectralquant.errors import CalibrationError, ConfigError, UnsupportedModelError
+from spectralquant.errors import CalibrationError, ConfigError, ProfileError, UnsupportedModelError
 from spectralquant.integrations.adapters import ADAPTERS
 from spectralquant.integrations.calls import AttentionAdapter, AttentionCall
 from spectralquant.integrations.coded import coded_attention
@@ -122,6 +122,8 @@ class EncoderEngine:
             raise CalibrationError("this engine has no calibration; call calibrate(model, inputs) or load(path) first")
         model, names = unwrapped(model), self.profile.model["modules"]
         self.profile.require_model(_fingerprint(model, names))
+        if missing := sorted(set(names) - {name for name, _ in model.named_modules()}):
+            raise ProfileError(f"this calibration is of modules that {type(model).__name__} doesn't have ({', '.join(missing)[:200]}); calibrate this model")
         modules = [model.get_submodule(name) for name in names]
         out: dict[str, LayerCodec] = {}
         devices = {i: device_of(module, model) for i, module in enumerate(modules)}
