@@ -2,14 +2,18 @@
 
 For servers, where the model that runs is of another class, with fused weights. Names and shapes of parameters come from a model on the device "meta", made
 from the configuration; values from the safetensors files, which are mapped into memory: of a large tensor only the pages around the sample are read.
+
+The folder may be a stranger's. Its weights are looked for in the folder alone (a link that lies in it may lead out, as those of the hub's cache do), no code
+of it is run, and a configuration that asks for millions of parameters is refused while the model is made.
 """
 
-import json
 import logging
 import os
+import re
 import shlex
-from collections.abc import Mapping
-from contextlib import ExitStack
+import threading
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +26,55 @@ from spectralquant.calibration.hf import architecture, sampled, values_digest
 from spectralquant.errors import CalibrationError, ConfigError
 from spectralquant.pretrained import BESIDE, find_in
 from spectralquant.profile import Profile
+from spectralquant.untrusted import MAX_DEPTH, member, members, parse_json, printable, read_bounded, shown
 
 _log = logging.getLogger("spectralquant")
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, SafetensorError)
 """What transformers raises for a model that it can't load."""
+MAX_CONFIG, MAX_INDEX = 16 << 20, 256 << 20
+"""Bytes of a configuration, and of the list of a model's tensors."""
+MAX_COUNT = 100_000
+"""Of layers, blocks or experts in a configuration: transformers makes lists of so many before it makes modules."""
+MAX_PARAMETERS = 1_000_000
+"""Parameters by name; the largest models of many experts have a tenth of that."""
+_COUNTS = re.compile("(?:num|n)_.*(?:layer|block|expert|stage|branch|label)|layers$|depths?$")
 
 
 def without_weights(name: str | os.PathLike[str], **options: Any) -> Any:
-    """The causal LM that transformers makes from a configuration, on the device "meta". Raises any of UNREADABLE."""
-    config = AutoConfig.from_pretrained(name, **options)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    """The causal LM that transformers makes from a configuration, on the device "meta". Raises any of UNREADABLE; no code of the model's is run."""
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+        with torch.device("meta"), _few_parameters():
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except UNREADABLE:
+        raise
+    except Exception as error:  # transformers computes with what a configuration says: anything may come of it
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _few_parameters() -> Generator[None]:
+    """Let making a model of more than MAX_PARAMETERS parameters fail with ValueError, in this thread."""
+    left, thread = MAX_PARAMETERS, threading.get_ident()
+
+    def count(*_: Any) -> None:
+        nonlocal left
+        if threading.get_ident() == thread:
+            left -= 1
+            if left < 0:
+                raise ValueError(f"its configuration makes a model of more than {MAX_PARAMETERS:,} parameters")
+
+    hooks = [
+        torch.nn.modules.module.register_module_parameter_registration_hook(count),
+        torch.nn.modules.module.register_module_module_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def fingerprint_of_folder(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -48,13 +88,27 @@ def fingerprint_of_folder(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     folder = Path(folder)
     expected = "expected a model as save_pretrained writes it, config.json and safetensors files"
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} holds no config.json; {expected}")
     try:
+        if not (folder / "config.json").exists():
+            raise ConfigError(f"{folder} holds no config.json; {expected}")
+        _require_sensible(read_bounded(folder / "config.json", MAX_CONFIG))
         model = without_weights(folder)
         return {**architecture(model), "weights": _digest(model, folder)}
-    except UNREADABLE as error:
+    except ConfigError:
+        raise
+    except (*UNREADABLE, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError) as error:
         raise ConfigError(f"the model in {folder} can't be read; {expected}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _require_sensible(config: bytes) -> None:
+    """Raise ValueError for a configuration that takes transformers for ever to read."""
+    parts: list[Any] = [members(parse_json(config, "config.json"), "config.json")]
+    for _ in range(MAX_DEPTH):
+        for part in (part for part in parts if isinstance(part, dict)):
+            for name, value in part.items():
+                if isinstance(value, (int, float)) and value > MAX_COUNT and _COUNTS.search(name):
+                    raise ValueError(f"config.json has {name} {shown(value)}, expected at most {MAX_COUNT:,}")
+        parts = [inner for part in parts if isinstance(part, (dict, list)) for inner in (part.values() if isinstance(part, dict) else part)]
 
 
 def find_calibration(folder: str | os.PathLike[str], fingerprint: dict[str, Any]) -> tuple[Path, Profile] | None:
@@ -119,10 +173,24 @@ def _entry(files: Mapping[str, Any], names: list[str], shape: torch.Size, prefix
 def _files(folder: Path, opened: ExitStack) -> dict[str, Any]:
     """Name of a tensor -> the open file that holds it."""
     if (folder / WEIGHTS).is_file():
-        file = opened.enter_context(safe_open(folder / WEIGHTS, framework="pt"))
+        file = _open(folder / WEIGHTS, opened)
         return dict.fromkeys(file.keys(), file)
     if not (folder / INDEX).is_file():
         return {}
-    shards: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    files = {name: opened.enter_context(safe_open(folder / name, framework="pt")) for name in set(shards.values())}
+    index = members(parse_json(read_bounded(folder / INDEX, MAX_INDEX), INDEX), INDEX)
+    shards = {name: _shard(shard) for name, shard in members(member(index, "weight_map", INDEX), "weight_map").items()}
+    files = {shard: _open(folder / shard, opened) for shard in set(shards.values())}
     return {name: files[shard] for name, shard in shards.items()}
+
+
+def _shard(name: Any) -> str:
+    """The name of a file that lies in the model's folder, and nowhere else."""
+    if Path(printable(name, "a file in weight_map")).name != name or "\\" in name or ":" in name or not name.endswith(".safetensors"):
+        raise ValueError(f"weight_map names the file {shown(name)}, expected a .safetensors file in the same folder")
+    return name
+
+
+def _open(path: Path, opened: ExitStack) -> Any:
+    if not path.is_file():  # opening a pipe would wait for who writes to it
+        raise ValueError(f"{path} is not there, or no file")
+    return opened.enter_context(safe_open(path, framework="pt"))

@@ -52,12 +52,12 @@ def find_beside(model: Any, fingerprint: dict[str, Any]) -> tuple[Path, Profile]
 def find_in(folder: Path, fingerprint: dict[str, Any]) -> tuple[Path, Profile] | None:
     """`find_beside` for the folder of a model with this fingerprint."""
     file = folder / BESIDE / FILE
-    if not file.is_file():
-        return None
     try:
+        if not file.is_file():
+            return None
         profile = load_profile(file)
         profile.require_model(fingerprint)
-    except ProfileError as error:
+    except (ProfileError, OSError) as error:  # the folder may be closed to this user
         _log.warning("%s is not used: %s", file, error)
         return None
     return file, profile
