@@ -3,15 +3,29 @@
 import json
 import math
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def naming(path: Path) -> Generator[None]:
+    """Let errors of writing say which file: a full disk is noticed when a buffer goes out, where Python knows no name any more."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
     """Written aside and renamed: a reader never sees half a file."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8")
+        with naming(path):
+            aside.write_text(text, encoding="utf-8")
         aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)

@@ -38,7 +38,7 @@ def parse_json(text: str | bytes, what: str) -> Any:
     except RecursionError as error:
         raise ValueError(f"{what} is nested more than {MAX_DEPTH} deep") from error
     except ValueError as error:  # no JSON, no UTF-8, or an integer of thousands of digits
-        raise ValueError(f"{what} is no JSON: {error}") from error
+        raise ValueError(f"{what} is no JSON ({error})") from error
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [inner for outer in level if isinstance(outer, (dict, list)) for inner in (outer.values() if isinstance(outer, dict) else outer)]
@@ -88,14 +88,14 @@ def flag(value: Any, what: str) -> bool:
     return value if isinstance(value, bool) else _refuse(value, what, "true or false")
 
 
-def printable(value: Any, what: str) -> str:
-    """A line of text: what is shown to a user drives no terminal."""
-    fits = isinstance(value, str) and len(value) <= MAX_TEXT and value.isprintable()
-    return value if fits else _refuse(value, what, f"a line of at most {MAX_TEXT:,} characters, all of them printable")
+def printable(value: Any, what: str, limit: int = MAX_TEXT) -> str:
+    """Text without control characters: what is shown to a user drives no terminal."""
+    fits = isinstance(value, str) and len(value) <= limit and value.replace("\n", " ").replace("\t", " ").isprintable()
+    return value if fits else _refuse(value, what, f"a text of at most {limit:,} characters, all of them printable")
 
 
 def showable(value: Any, what: str) -> Any:
-    """Lists and objects of printable lines, numbers, flags and nulls, whatever their names: what is kept, compared or shown, and never computed with."""
+    """Lists and objects of printable texts, numbers, flags and nulls, whatever their names: what is kept, compared or shown, and never computed with."""
     level = [value]
     while level:
         inner: list[Any] = []

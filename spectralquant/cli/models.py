@@ -96,9 +96,11 @@ def adds_bos(path: Path) -> bool:
     """Whether a GGUF file says that every text begins with BOS. Looks for the one entry: reading them all takes seconds where the vocabulary is large."""
     key = b"tokenizer.ggml.add_bos_token"
     entry = len(key).to_bytes(8, "little") + key + (7).to_bytes(4, "little")  # type 7: a bool in one byte
+    if not path.stat().st_size:
+        return False
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         at = content.find(entry)
-        return at >= 0 and content[at + len(entry)] == 1
+        return at >= 0 and content[at + len(entry) : at + len(entry) + 1] == b"\1"
 
 
 def demo_model_path() -> Path:

@@ -3,7 +3,6 @@
 A run that was interrupted, or is still going on, has a report too: each line says on how many windows, needles or problems it rests.
 """
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from spectralquant.errors import ConfigError
 from spectralquant.evaluation.methods import Method, find_method
 from spectralquant.evaluation.metrics import means_by_position, standard_error, summarise_language, summarise_success
 from spectralquant.evaluation.plots import write_plots
-from spectralquant.evaluation.runner import CONFIG, read_rows
+from spectralquant.evaluation.run_files import CONFIG, read_config, read_rows
 from spectralquant.evaluation.tasks.problems import per_problem
 from spectralquant.files import plain, write_json, write_text
 from spectralquant.terminal import make_table
@@ -105,16 +104,12 @@ def build_report(folder: Path) -> RunReport:
     """Summarise the rows of a run so far.
 
     Raises:
-        ConfigError: `folder` holds no run, or a row names a method that this version does not have.
+        ConfigError: `folder` holds no run, one that can't be read, or a row names a method that this version does not have.
     """
     path = folder / CONFIG
     if not path.is_file():
         raise ConfigError(f"{folder} has no {CONFIG}; expected the folder of a run, as `spectralquant evaluate --out` writes it")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is no JSON ({error}); remove the folder and run again") from error
-    rows = read_rows(folder)
+    config, rows = read_config(path), read_rows(folder)
     measured = dict.fromkeys(row["method"] for row in rows)
     planned = config["plan"]["methods"]
     names = [name for name in planned if name in measured] + [name for name in measured if name not in planned]

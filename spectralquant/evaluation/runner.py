@@ -8,7 +8,6 @@ import platform
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +17,10 @@ from transformers import PreTrainedModel
 from spectralquant.errors import ConfigError, SpectralQuantError
 from spectralquant.evaluation.methods import Prepared, Subject, find_method
 from spectralquant.evaluation.plan import Plan
+from spectralquant.evaluation.run_files import CONFIG, ROWS, read_config, read_rows
 from spectralquant.evaluation.tasks import Task, Unit, find_task
-from spectralquant.files import write_json, write_text
+from spectralquant.files import naming, write_json
 
-CONFIG, ROWS = "config.json", "rows.jsonl"
 _RECORDED = ("torch", "transformers", "optimum-quanto", "hqq", "spectralquant")
 
 
@@ -61,8 +60,9 @@ def run(plan: Plan, subject: Subject, command: str = "", progress: bool = True) 
                         unavailable[name] = str(error)
                         begin(plan, subject, command, unavailable)
             for row in _measure(task, unit, plan, subject, {n: prepared[n] for n in names if n in prepared}):
-                file.write(json.dumps(row) + "\n")
-                file.flush()
+                with naming(subject.folder / ROWS):
+                    file.write(json.dumps(row) + "\n")
+                    file.flush()
                 rows.append(row)
                 bar.set_postfix_str(f"{unit.key} {row['method']}")
                 bar.update()
@@ -87,7 +87,7 @@ def begin(plan: Plan, subject: Subject, command: str, unavailable: dict[str, str
     path = subject.folder / CONFIG
     wanted = json.loads(json.dumps(plan.as_json()))
     if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))["plan"]
+        there = read_config(path)["plan"]
         differing = [k for k in wanted if there.get(k) != wanted[k] and k not in ("methods", "tasks")]
         if differing:
             raise ConfigError(
@@ -111,18 +111,6 @@ def machine(model: PreTrainedModel) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _RECORDED},
     }
-
-
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Rows of a run so far. A last line that was cut off by an interruption is removed from the file."""
-    path = folder / ROWS
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if len(whole) < len(text):
-        write_text(path, whole)
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 def _version(name: str) -> str | None:

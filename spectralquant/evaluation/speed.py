@@ -28,13 +28,13 @@ from spectralquant.engine import SpectralQuantEngine
 from spectralquant.errors import ConfigError
 from spectralquant.evaluation.methods.ours import CALIBRATION
 from spectralquant.evaluation.plan import DEFAULT_TEXTS
+from spectralquant.evaluation.run_files import BENCH
 from spectralquant.evaluation.runner import machine
 from spectralquant.evaluation.texts import begin_with, read_text, tokenise
 from spectralquant.files import write_json
 from spectralquant.presets import PRESETS, resolve_preset
 from spectralquant.profile import Profile
 
-BENCH = "bench.json"
 UNCOMPRESSED = "fp16"
 """The cache of transformers, by the name that `evaluation.methods` has for it."""
 WARM_UP = {"cuda": 32}

@@ -1,6 +1,5 @@
 """Size against divergence: presets, and settings of the engine's dials, on the same windows of text."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from spectralquant.evaluation.methods import METHODS, Method, Subject
 from spectralquant.evaluation.methods.ours import DIALS
 from spectralquant.evaluation.metrics import summarise_language
 from spectralquant.evaluation.plan import Plan
-from spectralquant.evaluation.runner import CONFIG, run
+from spectralquant.evaluation.run_files import CONFIG, read_config
+from spectralquant.evaluation.runner import run
 
 Point = dict[str, Any]
 
@@ -27,7 +27,7 @@ def sweep(settings: Sequence[Method], plan: Plan, subject: Subject, command: str
         ConfigError: A setting can't be prepared for this model, or the folder holds another plan.
     """
     rows = run(plan, subject, command)
-    if failed := json.loads((subject.folder / CONFIG).read_text(encoding="utf-8"))["unavailable"]:
+    if failed := read_config(subject.folder / CONFIG)["unavailable"]:
         raise ConfigError(f"{', '.join(failed)} could not be prepared: {'; '.join(dict.fromkeys(failed.values()))}")
     language = [row for row in rows if row["task"] == "language"]
     points = [{"name": m.name, "label": m.label, **summarise_language([r for r in language if r["method"] == m.name])} for m in settings]

@@ -1,7 +1,6 @@
 """Text to score: from a file, from JSON lines, or from the modules of the running Python; and its windows."""
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spectralquant.errors import ConfigError
+from spectralquant.untrusted import members, parse_json
 
 
 def read_text(source: str) -> str:
@@ -17,18 +17,21 @@ def read_text(source: str) -> str:
     `stdlib:` and names of modules of the running Python, whose source is joined.
 
     Raises:
-        ConfigError: There is no such file or module, or the JSON can't be read.
+        ConfigError: There is no such file or module, it is no text, or the JSON can't be read.
     """
     if source.startswith("stdlib:"):
         return "\n\n".join(_module_source(name) for name in source.removeprefix("stdlib:").split(","))
     path = Path(source).expanduser()
     if not path.is_file():
         raise ConfigError(f"text source {source!r}: there is no such file (a path, or stdlib:module,module)")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"text source {source!r}: byte {error.start} is not UTF-8; expected a text file") from error
     if path.suffix == ".jsonl":
         try:
-            records = [json.loads(line) for line in text.split("\n") if line.strip()]
-        except json.JSONDecodeError as error:
+            records = [members(parse_json(line, f"line {i}"), f"line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        except ValueError as error:
             raise ConfigError(f"text source {source!r} is not JSON lines: {error}") from error
         return "\n\n".join("\n".join(v for v in record.values() if isinstance(v, str)) for record in records)
     return detokenise(text) if " @-@ " in text or "<unk>" in text else text

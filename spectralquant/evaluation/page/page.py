@@ -1,10 +1,8 @@
 """From the folder of a run to one HTML file: what is there is shown, what is not is named with the command that makes it."""
 
-import json
 import os
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from spectralquant.errors import ConfigError, ProfileError
 from spectralquant.evaluation.methods.ours import CALIBRATION
@@ -13,8 +11,7 @@ from spectralquant.evaluation.page.sections import sections_of
 from spectralquant.evaluation.page.top import facts_of, headline, key_figures, legend, scored_context
 from spectralquant.evaluation.plots.style import require_matplotlib, settings
 from spectralquant.evaluation.report import build_report
-from spectralquant.evaluation.runner import CONFIG
-from spectralquant.evaluation.speed import BENCH
+from spectralquant.evaluation.run_files import BENCH, CONFIG, read_bench
 from spectralquant.files import write_text
 from spectralquant.profile import load_profile
 from spectralquant.version import __version__
@@ -49,7 +46,7 @@ def read_run(folder: Path) -> Run:
         ConfigError: Neither an evaluation nor a bench, or files that can't be read.
     """
     report = build_report(folder) if (folder / CONFIG).is_file() else None
-    bench = _read_bench(folder / BENCH) if (folder / BENCH).is_file() else None
+    bench = read_bench(folder / BENCH) if (folder / BENCH).is_file() else None
     if report is None and bench is None:
         raise ConfigError(
             f"{folder} has neither {CONFIG} nor {BENCH}: expected the folder of a run; make one with `spectralquant evaluate MODEL --out {folder}` or "
@@ -60,13 +57,6 @@ def read_run(folder: Path) -> Run:
     except ProfileError as error:
         raise ConfigError(f"the calibration of the run can't be read: {error}; remove the file, or run again") from error
     return Run(folder.absolute().name, report, bench, profile)
-
-
-def _read_bench(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is no JSON ({error}); run `spectralquant bench MODEL --out {path.parent}` again") from error
 
 
 def render(run: Run) -> str:

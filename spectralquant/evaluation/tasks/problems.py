@@ -7,7 +7,6 @@ Padded slots are told to this package's cache; simulated caches store them like 
 padding's end. Sorting by length keeps the padding short.
 """
 
-import json
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from spectralquant.evaluation.methods import Prepared, Subject
 from spectralquant.evaluation.plan import Plan
 from spectralquant.evaluation.tasks.base import Task, Unit
 from spectralquant.prompts import encode, strip_padding, with_pad_token
+from spectralquant.untrusted import parse_json
 
 EXAMPLES = 8
 """Worked examples before every question."""
@@ -155,7 +155,11 @@ def read_problems(path: Path, count: int) -> tuple[list[Problem], list[Problem]]
     """
     if not path.is_file():
         raise ConfigError(f"problem_file={str(path)!r}: there is no such file; expected JSON lines with question and answer")
-    lines = [(i, line) for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"problem_file={str(path)!r}: byte {error.start} is not UTF-8; expected JSON lines") from error
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if len(lines) < EXAMPLES + count:
         raise ConfigError(f"problem_file={str(path)!r} has {len(lines)} problems; expected at least {EXAMPLES} examples and problems={count} more")
     problems = [_parse(line, f"problem_file={str(path)!r}, line {i}") for i, line in lines[: EXAMPLES + count]]
@@ -164,7 +168,7 @@ def read_problems(path: Path, count: int) -> tuple[list[Problem], list[Problem]]
 
 def _parse(line: str, where: str) -> Problem:
     try:
-        record = json.loads(line)
+        record = parse_json(line, "it")
         problem = Problem(record["question"].strip(), record["answer"].strip())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{where}: {line!r:.60}; expected an object with the strings question and answer") from error
