@@ -95,6 +95,8 @@ def _row(line: str, number_of_line: int) -> Row:
     row = members(parse_json(line, what), what)
     _fields(row, {"task": _text, "unit": _text, "method": _text})
     _fields(row, _TASKS.get(row["task"], {}))
+    if row["task"] == "language" and len(row["nll"]) != len(row["nll_plain"]):
+        raise ValueError(f"{what} has lists of different lengths")
     if row["task"] == "problems" and len({len(row[column]) for column in ("problem", "output", "expected", "correct", "correct_strict")}) > 1:
         raise ValueError(f"{what} has lists of different lengths")
     return row
