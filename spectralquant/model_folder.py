@@ -26,7 +26,7 @@ from spectralquant.calibration.hf import architecture, sampled, values_digest
 from spectralquant.errors import CalibrationError, ConfigError
 from spectralquant.pretrained import BESIDE, find_in
 from spectralquant.profile import Profile
-from spectralquant.untrusted import MAX_DEPTH, member, members, parse_json, printable, read_bounded, shown
+from spectralquant.untrusted import MAX_DEPTH, member, members, one_line, parse_json, printable, read_bounded, shown
 
 _log = logging.getLogger("spectralquant")
 
@@ -97,7 +97,7 @@ def fingerprint_of_folder(folder: str | os.PathLike[str]) -> dict[str, Any]:
     except ConfigError:
         raise
     except (*UNREADABLE, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError) as error:
-        raise ConfigError(f"the model in {folder} can't be read; {expected}: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"the model in {folder} can't be read; {expected}: {one_line(error)}") from error
 
 
 def _require_sensible(config: bytes) -> None:

@@ -20,6 +20,7 @@ from spectralquant.errors import ProfileError
 from spectralquant.profile_format import certificate_of, check_choices, check_tensors, layer_indices, model_of, per_layer, rotated
 from spectralquant.rope import Rotary
 from spectralquant.tensor_file import FileKind, with_suffix
+from spectralquant.untrusted import shown
 
 FORMAT_VERSION = 5
 _FILE = FileKind("spectralquant", FORMAT_VERSION, "calibration file", "calibrate again, or restore it", ProfileError)
@@ -155,7 +156,7 @@ class Profile:
         """
         wrong = differences(self.model, fingerprint) if self.model else []
         if wrong:
-            detail = "; ".join(f"{k}: file has {self.model.get(k)!r}, model has {fingerprint.get(k)!r}" for k in wrong)
+            detail = "; ".join(f"{k}: file has {shown(self.model.get(k))}, model has {shown(fingerprint.get(k))}" for k in wrong)
             raise ProfileError(f"this calibration was made for another model ({detail}); calibrate this model instead")
 
     def require_encoder(self) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spectralquant.errors import SpectralQuantError
+from spectralquant.untrusted import one_line
 
 MAX_HEADER = 16 << 20
 """Bytes of names, shapes and metadata that a file may have; those of a model with a thousand layers are 2 MB."""
@@ -94,7 +95,7 @@ class FileKind:
         except SpectralQuantError:
             raise
         except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError) as error:
-            raise self.error(f"{path} is not a readable {self.noun} ({_line(error)}), it is truncated or damaged: {self.remedy}") from error
+            raise self.error(f"{path} is not a readable {self.noun} ({one_line(error)}), it is truncated or damaged: {self.remedy}") from error
 
     def read(self, path: Path) -> tuple[dict[str, Tensor], Header]:
         """All tensors, on the CPU, and the metadata.
@@ -129,7 +130,7 @@ class FileKind:
         if header.get("format") != self.format:
             raise self.error(f"{path} is a safetensors file but no {self.noun} of this package")
         if header.get("version") != str(self.version):
-            raise self.error(f"{path} has format version {header.get('version')}, this release reads {self.version}; {self.remedy}")
+            raise self.error(f"{path} has format version {one_line(str(header.get('version')))}, this release reads {self.version}; {self.remedy}")
 
 
 def with_suffix(path: str | os.PathLike[str]) -> Path:
@@ -163,7 +164,3 @@ def _flush(path: Path) -> None:
     """Wait for the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

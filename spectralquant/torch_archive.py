@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectralquant.untrusted import shown
+from spectralquant.untrusted import one_line, shown
 
 MAX_PICKLE, MAX_DIRECTORY = 4 << 20, 16 << 20
 """Bytes of the pickle and of the archive's list of members; a tensor takes some 150 of one and 80 of the other."""
@@ -83,7 +83,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             views = _interpret(_stored(archive, members, "data.pkl", MAX_PICKLE))
             return _tensors(archive, members, views)
     except (zipfile.BadZipFile, RuntimeError, EOFError, LookupError, OverflowError, struct.error) as error:
-        raise ValueError(f"it is no archive of torch.save ({error})") from error
+        raise ValueError(f"it is no archive of torch.save ({one_line(error)})") from error
 
 
 # The archive ----------------------------------------------------------------------------------------------------------

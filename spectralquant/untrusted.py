@@ -118,5 +118,11 @@ def shown(value: Any) -> str:
     return told if len(told) <= 80 else f"{told[:77]}..."
 
 
+def one_line(error: BaseException | str) -> str:
+    """What another package said, at most 300 characters of it: it may quote a file, and with it what drives a terminal or can't be written."""
+    told = " ".join(str(error).split())[:300]
+    return "".join(c if c.isprintable() else "?" for c in told) or type(error).__name__
+
+
 def _refuse(value: Any, what: str, wanted: str) -> Any:
     raise ValueError(f"{what} is {shown(value)}, expected {wanted}")

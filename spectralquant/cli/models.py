@@ -11,6 +11,7 @@ import torch
 from spectralquant.cli.options import DEMO, DTYPES
 from spectralquant.corpus import leading_tokens
 from spectralquant.errors import ConfigError
+from spectralquant.untrusted import one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,7 @@ def load_shape(name: str) -> tuple[Any, str]:
 
 def cannot_load(name: str | None, error: Exception) -> ConfigError:
     """What to tell the user: the first lines of what transformers said."""
-    said = " ".join(str(error).split())
-    return ConfigError(f"MODEL {name or DEMO} can't be loaded; expected a folder, a .gguf file, smollm2, or a name on the hub: {said[:300]}")
+    return ConfigError(f"MODEL {name or DEMO} can't be loaded; expected a folder, a .gguf file, smollm2, or a name on the hub: {one_line(error)}")
 
 
 def adds_bos(path: Path) -> bool:
