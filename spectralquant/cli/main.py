@@ -61,9 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except OSError as error:
-        if error.filename is None:
+        if error.strerror is None:
             raise
-        print(f"spectralquant: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"spectralquant: {error.strerror}" if error.filename is None else f"spectralquant: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     return 0
 

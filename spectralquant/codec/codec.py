@@ -41,6 +41,8 @@ from spectralquant.rope import Rotary
 
 NEAR_GAINS = (0, -1, 1)
 """Gain codes that "search" tries, relative to the least squares one. Five are no better than three."""
+INVERSE_ERROR = 1e-3
+"""Of the product of a transform and its inverse in float64, a thousand times what a condition number of 10^9 leaves."""
 TINY = 1e-30
 """Floor of squares in the units of a model, which may be small: a head whose values are 1e-6 has the gains of any other."""
 
@@ -406,7 +408,8 @@ def _build_side(what: str, side: SideProfile, bits: Tensor, gain: str, scalar: s
 
     there = quantizer(torch.device("cpu"))  # float64, which some devices lack
     decode = there.rows(inverse).float()
-    if bool(singular.any()) or not bool(encode.isfinite().all() and decode.isfinite().all()):
+    off = side.basis.double() @ inverted - torch.eye(bits.shape[1], dtype=torch.float64)  # rounding hides that columns depend on each other from the inverse
+    if bool(singular.any()) or not bool((off.abs() < INVERSE_ERROR).all() and encode.isfinite().all() and decode.isfinite().all()):
         raise ProfileError(f"the transform of {what} in the calibration can't be inverted; calibrate again")
     if isinstance(there, JointPlanes) and not there.searchable():
         raise ProfileError(f"the codebooks of {what} in the calibration can't be searched; calibrate again")
