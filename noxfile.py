@@ -1,10 +1,15 @@
-"""`nox`: what a cache promises, tested on releases of transformers from the oldest to the newest, and of vLLM, each in its own virtual environment.
+"""`nox`: what a cache promises, tested on releases of transformers from the oldest to the newest, and of vLLM, each in its own virtual environment; and
+whether packages that are installed have known vulnerabilities.
 
 One of transformers holds transformers and what that release pins; what it lacks (torch, pytest) it finds in the environment that nox was started from, so
 making it takes seconds. Where nox has an environment to itself, everything is installed.
 """
 
+import json
+import subprocess
+import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 import nox
@@ -37,6 +42,30 @@ def vllm(session: nox.Session, release: str) -> None:
     folder = Path(session.create_tmp()).resolve() / f"vllm-{release}"
     session.run("bash", "tests/serving/install.sh", str(folder), release)
     session.run(str(folder / "bin" / "python"), "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or ["tests/serving"]))
+
+
+@nox.session(venv_backend="none")
+def audit(session: nox.Session) -> None:
+    """Look up the packages beside nox among known vulnerabilities. Where the service can't be reached the session is skipped, and says so.
+
+    pip-audit alone is green there: an index that has no advisories answers as if there were none of the packages, and they are passed over.
+    """
+    if find_spec("pip_audit") is None:
+        session.error('pip-audit is not installed; run: pip install -e ".[dev]"')
+    command = [sys.executable, "-m", "pip_audit", "--format", "json", "--progress-spinner", "off", "--skip-editable"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    try:
+        packages = json.loads(ended.stdout)["dependencies"]
+    except ValueError:
+        session.skip(f"NOT AUDITED, pip-audit gave no answer: {' '.join(ended.stderr.split())[-200:]}")
+    looked_up = [package for package in packages if "vulns" in package]
+    if not looked_up:
+        session.skip(f"NOT AUDITED, the index answers for none of {len(packages)} packages; run it where https://pypi.org can be reached")
+    session.log(f"{len(looked_up)} packages looked up; not looked up: {', '.join(p['name'] for p in packages if 'vulns' not in p) or 'none'}")
+    for package in (package for package in looked_up if package["vulns"]):
+        session.warn(f"{package['name']} {package['version']}: {', '.join(v['id'] for v in package['vulns'])}")
+    if any(package["vulns"] for package in looked_up):
+        session.error("packages with known vulnerabilities, see above")
 
 
 def share_packages(session: nox.Session) -> None:
