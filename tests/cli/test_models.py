@@ -12,6 +12,9 @@ from spectralquant.errors import ConfigError
 gguf = pytest.importorskip("gguf")
 
 
+ENTRY = b"tokenizer.ggml.add_bos_token"
+
+
 @pytest.mark.parametrize("says", [True, False, None])
 def test_adds_bos_is_what_the_file_says(tmp_path: Path, says: bool | None) -> None:
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
@@ -24,6 +27,12 @@ def test_adds_bos_is_what_the_file_says(tmp_path: Path, says: bool | None) -> No
     writer.write_kv_data_to_file()
     writer.close()
     assert adds_bos(tmp_path / "m.gguf") is bool(says)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", len(ENTRY).to_bytes(8, "little") + ENTRY + (7).to_bytes(4, "little")], ids=["empty", "short", "cut off"])
+def test_adds_bos_of_a_damaged_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.gguf").write_bytes(content)
+    assert adds_bos(tmp_path / "m.gguf") is False
 
 
 def test_smollm2_adds_none() -> None:

@@ -54,6 +54,28 @@ def test_tables_of_quality(page: str, rows: list[int]) -> None:
             assert ratio == f"{mean(line['perplexity_ratio'] for line in lines):.3f}"
 
 
+def test_mutated_files() -> None:
+    """No file failed, or the page would have to say so."""
+    rows = {row["reader"]: row for row in result("fuzz-readers")["rows"]}
+    ((_, table),) = tables("docs/reliability.md", "reader | files | as it was")
+    assert {name for name, *_ in table[2:]} == set(rows)
+    for name, *cells in table[2:]:
+        row, outcomes = rows[name], rows[name]["outcomes"]
+        refused = sum(count for outcome, count in outcomes.items() if outcome.startswith("refused "))
+        counts = [row["files"], outcomes.get("same", 0), refused, outcomes.get("other", 0), row["failed"]]
+        assert sum(counts[1:]) == counts[0] and row["failed"] == 0
+        assert cells == [*(f"{n:,}" for n in counts), f"{row['slowest_seconds']:.2f} s", f"{row['grown_bytes'] / 1e6:.0f} MB"]
+
+
+def test_files_that_coverage_led_to() -> None:
+    rows = {row["reader"]: row for row in result("fuzz-coverage")["rows"]}
+    ((_, table),) = tables("docs/reliability.md", "reader | inputs | branches at first")
+    assert {name for name, *_ in table[2:]} == set(rows)
+    for name, *cells in table[2:]:
+        row = rows[name]
+        assert cells == [f"{row[column]:,}" for column in ("inputs", "branches_of_the_corpus", "branches", "failed")] and row["failed"] == 0
+
+
 def test_what_presets_cost() -> None:
     """Means over three texts, of two models."""
     ((_, table),) = tables("docs/presets.md", "preset | SmolLM2: bits")

@@ -47,6 +47,22 @@ def test_default_texts_are_there(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"abc\xff", "byte 3 is not UTF-8; expected a text file"),
+        ("a.jsonl", b'{"a": 1}\n[1]', r"is not JSON lines: line 2 is \[1\], expected an object"),
+        ("a.jsonl", b"3", "line 1 is 3, expected an object"),
+        ("a.jsonl", b"{" * 5000, "line 1 is no JSON"),
+        ("a.jsonl", b"[" * 50_000, "line 1 is nested more than 32 deep"),
+    ],
+)
+def test_read_text_rejects_what_is_no_text(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read_text(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
     ("source", "message"),
     [
         ("/nowhere/a.txt", "text source '/nowhere/a.txt': there is no such file"),
