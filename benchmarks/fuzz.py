@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, metavar="NUMBER", help="number of the first file (default 0)")
     parser.add_argument("--jobs", type=int, default=1, help="readers at a time (default 1)")
     parser.add_argument("--keep", metavar="FOLDER", help="copy every mutated file there, with what is beside it")
-    parser.add_argument("--out", type=Path, metavar="FILE")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="rows of other readers that are there stay")
     args = parser.parse_args(argv)
     from fuzz_readers import READERS
 
@@ -193,21 +193,22 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"no reader called {', '.join(sorted(unknown))}; there are {', '.join(READERS)}")
     names = args.reader or list(READERS)
     versions = {"python": platform.python_version(), **{package: version(package) for package in ("torch", "safetensors", "transformers")}}
-    document = {"command": command_line("fuzz", argv), "machine": machine(), "versions": versions, "first": args.first}
-    document |= {"seconds_allowed": SECONDS, "memory_allowed": MEMORY}
-    rows: dict[str, dict[str, Any]] = {}
+    document = {"machine": machine(), "seconds_allowed": SECONDS, "memory_allowed": MEMORY}
+    said = {"command": command_line("fuzz", argv), "versions": versions, "first": args.first}
+    there = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out is not None and args.out.exists() else []
+    rows: dict[str, dict[str, Any]] = {row["reader"]: row for row in there}
 
     def run(name: str) -> None:
         runs = max(args.runs // 100, 1) if READERS[name].slow else args.runs
-        rows[name] = campaign(name, args.first, runs, args.keep, lambda line: print(line, file=sys.stderr, flush=True))
+        rows[name] = {**campaign(name, args.first, runs, args.keep, lambda line: print(line, file=sys.stderr, flush=True)), **said}
         print(json.dumps(rows[name]), flush=True)
         if args.out is not None:
-            done = [rows[name] for name in names if name in rows]
+            done = [rows[name] for name in READERS if name in rows]
             args.out.write_text(json.dumps({**document, "rows": done}, indent=1) + "\n", encoding="utf-8")
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(run, names))
-    return int(any(row["failed"] for row in rows.values()))
+    return int(any(rows[name]["failed"] for name in names))
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reader", action="append", metavar="NAME", help="may be repeated; default: all but slow ones")
     parser.add_argument("--runs", type=int, default=100_000, help="inputs per reader (default 100,000)")
-    parser.add_argument("--out", type=Path, metavar="FILE")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="rows of other readers that are there stay")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
@@ -88,16 +88,19 @@ def main() -> int:
     from fuzz import machine
     from fuzz_readers import READERS
 
-    rows: list[dict[str, Any]] = []
+    there = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if args.out is not None and args.out.exists() else []
+    rows: dict[str, dict[str, Any]] = {row["reader"]: row for row in there}
+    versions = {"python": platform.python_version(), **{package: version(package) for package in ("atheris", "torch", "safetensors", "transformers")}}
+    said = {"command": command_line("fuzz_coverage", sys.argv[1:]), "versions": versions}
+    names = args.reader or [name for name, reader in READERS.items() if not reader.slow]
     keep = Path() if args.out is None else args.out.parent
-    for name in args.reader or [name for name, reader in READERS.items() if not reader.slow]:
-        rows.append(campaign(name, args.runs, keep))
-        print(json.dumps(rows[-1]), flush=True)
+    for name in names:
+        rows[name] = {**campaign(name, args.runs, keep), **said}
+        print(json.dumps(rows[name]), flush=True)
         if args.out is not None:
-            versions = {"python": platform.python_version(), **{package: version(package) for package in ("atheris", "torch", "safetensors", "transformers")}}
-            document = {"command": command_line("fuzz_coverage", sys.argv[1:]), "machine": machine(), "versions": versions, "rows": rows}
+            document = {"machine": machine(), "rows": [rows[name] for name in READERS if name in rows]}
             args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return int(any(row["failed"] for row in rows))
+    return int(any(rows[name]["failed"] for name in names))
 
 
 if __name__ == "__main__":
