@@ -1,5 +1,6 @@
 """The files of a run's folder, read and checked: a run may be somebody else's, and what is shown of it is computed with what it says."""
 
+import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,7 +95,9 @@ def _row(line: str, number_of_line: int) -> Row:
     what = f"line {number_of_line}"
     row = members(parse_json(line, what), what)
     _fields(row, {"task": _text, "unit": _text, "method": _text})
-    _fields(row, _TASKS.get(row["task"], {}))
+    if row["task"] not in _TASKS:
+        raise ValueError(f"task is {shown(row['task'])}, expected one of {', '.join(_TASKS)}")
+    _fields(row, _TASKS[row["task"]])
     if row["task"] == "language" and len(row["nll"]) != len(row["nll_plain"]):
         raise ValueError(f"{what} has lists of different lengths")
     if row["task"] == "problems" and len({len(row[column]) for column in ("problem", "output", "expected", "correct", "correct_strict")}) > 1:
@@ -135,6 +138,11 @@ def _bits(value: Any, what: str) -> float:
     return number(value, what, 1e-3, 1e3)
 
 
+def _measured(value: Any, what: str) -> float:
+    """A figure whose square is one too, or what came of a measurement that failed."""
+    return figure(value, what) if isinstance(value, float) and not math.isfinite(value) else number(value, what, -1e9, 1e9)
+
+
 def _right(value: Any, what: str) -> int:
     return whole(value, what, 0, 1)
 
@@ -155,12 +163,12 @@ def _each(check: Check, least: int = 0) -> Check:
 _strings, _names = _each(_text), _each(_text, least=1)
 _TASKS: dict[str, dict[str, Check]] = {
     "language": {
-        "text": _text, "context": _some, "kl": _each(figure, 1), "agree": _each(_share, 1), "nll": _each(figure, 1), "nll_plain": _each(figure, 1),
+        "text": _text, "context": _some, "kl": _each(_measured, 1), "agree": _each(_share, 1), "nll": _each(_measured, 1), "nll_plain": _each(_measured, 1),
         "bits": _bits, "whole_bits": _bits,
     },
-    "needles": {"kind": _text, "length": _some, "depth": _share, "correct": _right, "answer_nll": figure},
+    "needles": {"kind": _text, "length": _some, "depth": _share, "correct": _right, "answer_nll": _measured},
     "problems": {
-        "problem": _each(_count), "output": listed, "expected": listed, "correct": _each(_right), "correct_strict": _each(_right), "bits": figure,
+        "problem": _each(_count), "output": listed, "expected": listed, "correct": _each(_right), "correct_strict": _each(_right), "bits": _measured,
     },
 }  # fmt: skip
 _BENCH_ROW: dict[str, Check] = {

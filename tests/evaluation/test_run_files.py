@@ -46,6 +46,8 @@ def test_configurations(tmp_path: Path, place: tuple[str, ...], value: Any, text
 ROWS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (language_row("high"), {"kl": []}, "kl is empty"),
     (language_row("high"), {"kl": ["x"]}, "an entry of kl is 'x', expected a number"),
+    (language_row("high"), {"kl": [1e308]}, "an entry of kl is 1e.308, expected a number from -1e.09 to 1e.09"),
+    (language_row("high"), {"task": "1e999", "text": []}, "task is '1e999', expected one of language, needles, problems"),
     (language_row("high"), {"bits": 0}, "bits is 0, expected a number from 0.001"),
     (language_row("high"), {"context": "512"}, "context is '512'"),
     (language_row("high"), {"nll": [1.0]}, "lists of different lengths"),
