@@ -4,7 +4,7 @@ For servers, where the model that runs is of another class, with fused weights. 
 from the configuration; values from the safetensors files, which are mapped into memory: of a large tensor only the pages around the sample are read.
 
 The folder may be a stranger's. Its weights are looked for in the folder alone (a link that lies in it may lead out, as those of the hub's cache do), no code
-of it is run, and a configuration that asks for millions of parameters is refused while the model is made.
+of it is run, and a configuration that asks for a million of modules is refused while the model is made.
 """
 
 import logging
@@ -35,10 +35,10 @@ UNREADABLE = (OSError, ValueError, ImportError, KeyError, SafetensorError)
 """What transformers raises for a model that it can't load."""
 MAX_CONFIG, MAX_INDEX = 16 << 20, 256 << 20
 """Bytes of a configuration, and of the list of a model's tensors."""
-MAX_COUNT = 100_000
+MAX_COUNT = 10_000
 """Of layers, blocks or experts in a configuration: transformers makes lists of so many before it makes modules."""
-MAX_PARAMETERS = 1_000_000
-"""Parameters by name; the largest models of many experts have a tenth of that."""
+MAX_PARAMETERS = 500_000
+"""Modules and parameters; the largest models of many experts have a third of that, and to make as many takes seconds."""
 _COUNTS = re.compile("(?:num|n)_.*(?:layer|block|expert|stage|branch|label)|layers$|depths?$")
 
 
@@ -56,7 +56,7 @@ def without_weights(name: str | os.PathLike[str], **options: Any) -> Any:
 
 @contextmanager
 def _few_parameters() -> Generator[None]:
-    """Let making a model of more than MAX_PARAMETERS parameters fail with ValueError, in this thread."""
+    """Let making a model of more than MAX_PARAMETERS modules and parameters fail with ValueError, in this thread."""
     left, thread = MAX_PARAMETERS, threading.get_ident()
 
     def count(*_: Any) -> None:
@@ -64,7 +64,7 @@ def _few_parameters() -> Generator[None]:
         if threading.get_ident() == thread:
             left -= 1
             if left < 0:
-                raise ValueError(f"its configuration makes a model of more than {MAX_PARAMETERS:,} parameters")
+                raise ValueError(f"its configuration makes a model of more than {MAX_PARAMETERS:,} modules and parameters")
 
     hooks = [
         torch.nn.modules.module.register_module_parameter_registration_hook(count),
