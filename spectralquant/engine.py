@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from spectralquant import application, prompts
 from spectralquant.attention.hf import register
 from spectralquant.cache.file import Identity
-from spectralquant.cache.hf import SpectralCache, coded_layer_indices, layer_devices, model_device
+from spectralquant.cache.hf import SpectralCache, coded_layer_indices, layer_devices, model_device, read_dense
 from spectralquant.calibration.hf import collect, fingerprint, known_fingerprint, unwrapped, weights_digest
 from spectralquant.calibration_cache import digest_of, remembered
 from spectralquant.clock import GenerationClock
@@ -440,10 +440,7 @@ class SpectralQuantEngine:
     def collect_kv(self, model: PreTrainedModel, tokenizer: Any, prompt: Any) -> DynamicCache:
         """The uncompressed cache of a prompt."""
         inputs = prompts.encode(tokenizer, prompt, True, model_device(model))
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        with torch.no_grad():
-            model.base_model(input_ids=inputs.ids, attention_mask=inputs.mask, use_cache=True, **cache_argument(model, cache))
-        return cache
+        return read_dense(model, inputs.ids, inputs.mask)
 
     def compress_kv_cache(self, past_key_values: DynamicCache, model: PreTrainedModel) -> SpectralCache:
         """A compressed copy of an uncompressed cache of `model`."""

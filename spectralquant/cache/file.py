@@ -36,15 +36,20 @@ class Identity:
 
     def require(self, path: Path, header: Header) -> None:
         """Raise CacheFileError unless the file was made with this model, as it is, and this codec."""
-        if header.get("weights") != self.weights:
-            raise CacheFileError(f"{path} was made with another model (weights {header.get('weights')}, here {self.weights}); load that model")
-        if header.get("model_dtype") != self.dtype:
-            raise CacheFileError(f"{path} was made with the model in {header.get('model_dtype')}, here it is in {self.dtype}; load the model as it was")
+        require_model(path, header, self.weights, self.dtype)
         if header.get("calibration") != self.calibration:
             raise CacheFileError(
                 f"{path} was made with another calibration, preset or quantizer ({header.get('calibration')}, here {self.calibration}); "
                 "use the engine settings and the calibration file that it was made with"
             )
+
+
+def require_model(path: Path, header: Header, weights: str, dtype: str) -> None:
+    """Raise CacheFileError unless the file was made with the model of fingerprint `weights` in `dtype`."""
+    if header.get("weights") != weights:
+        raise CacheFileError(f"{path} was made with another model (weights {header.get('weights')}, here {weights}); load that model")
+    if header.get("model_dtype") != dtype:
+        raise CacheFileError(f"{path} was made with the model in {header.get('model_dtype')}, here it is in {dtype}; load the model as it was")
 
 
 def write_cache(path: Path, state: CacheState, token_ids: Tensor | None, config: CacheConfig, identity: Identity) -> None:

@@ -17,7 +17,7 @@ from spectralquant.cache.layers import CODED, SpectralLayer, all_or_nothing, cod
 from spectralquant.cache.state import capture_cache, restore_cache
 from spectralquant.codec.codec import LayerCodec, codec_nbytes
 from spectralquant.codec.packed import plain_arithmetic
-from spectralquant.compat import INSTALLED, KEEPS_RECURRENT_STATES, STATES_SINCE, UNCROPPABLE, placeholders, reset_layer
+from spectralquant.compat import INSTALLED, KEEPS_RECURRENT_STATES, STATES_SINCE, UNCROPPABLE, cache_argument, placeholders, reset_layer
 from spectralquant.config import CacheConfig
 from spectralquant.errors import CacheFileError, ConfigError, ShapeError, UnsupportedModelError
 from spectralquant.tensor_file import with_suffix
@@ -291,6 +291,15 @@ def _bounded(layers: list[Any]) -> str:
     kept = [f"a sliding window of {layer.sliding_window} tokens" if getattr(layer, "is_sliding", False) else "recurrent states" for layer in layers]
     runs = [list(run) for _, run in groupby(range(len(layers)), key=kept.__getitem__)]
     return ", ".join(f"layers {run[0]}-{run[-1]} keep {kept[run[0]]}" if len(run) > 1 else f"layer {run[0]} keeps {kept[run[0]]}" for run in runs)
+
+
+@torch.no_grad()
+def read_dense(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> DynamicCache:
+    """The uncompressed cache of ids [B, T]; `mask` [B, T]: 0 for padding on the left."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    options = {} if mask is None else {"attention_mask": mask}
+    model.base_model(input_ids=ids, use_cache=True, **options, **cache_argument(model, cache))
+    return cache
 
 
 def layer_tensors(layer: Any) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """The content of a whole cache as plain tensors and numbers, for files, and back. What comes back is checked: a stranger may have written it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -17,6 +17,8 @@ from spectralquant.errors import CacheFileError, UnsupportedModelError
 _SEGMENT = frozenset(f.name for f in fields(SegmentState))
 _SEEN = "cumulative_length"
 _WINDOWS = (DynamicLayer, DynamicSlidingWindowLayer)
+Tensors = dict[int, dict[str, Tensor]]
+Flags = dict[int, dict[str, int | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +33,8 @@ class CacheState:
     """
 
     segments: dict[int, SegmentState]
-    others: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    flags: dict[int, dict[str, int | None]] = field(default_factory=dict)
+    others: Tensors = field(default_factory=dict)
+    flags: Flags = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
 
     @property
@@ -57,14 +59,14 @@ class CacheState:
         return {f"{i}.{name}": tensor for i, parts in held.items() for name, tensor in parts.items()}
 
     @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor], flags: dict[int, dict[str, int | None]], dtype: torch.dtype) -> "CacheState":
+    def of_tensors(cls, tensors: Mapping[str, Tensor], flags: Flags, dtype: torch.dtype) -> "CacheState":
         """Inverse of `tensors`.
 
         Raises:
             CacheFileError: Names are not those of a cache, or a layer lacks some.
         """
         segments: dict[int, dict[str, Tensor]] = {}
-        others: dict[int, dict[str, Tensor]] = {}
+        others: Tensors = {}
         for name, tensor in tensors.items():
             layer, _, part = name.partition(".")
             if not (layer.isascii() and layer.isdecimal()) or len(layer) > 6:
@@ -76,10 +78,10 @@ class CacheState:
             raise CacheFileError(f"a layer's tensors are incomplete: {error}") from error
 
 
-def require_savable(cache: Cache) -> None:
-    """Raise UnsupportedModelError where a layer that is not coded is of a kind whose content is not known."""
+def require_savable(cache: Cache, coded: Collection[int]) -> None:
+    """Raise UnsupportedModelError where a layer that is not coded, not in `coded`, is of a kind whose content is not known."""
     for i, (layer, empty) in enumerate(zip(cache.layers, placeholders(cache), strict=True)):
-        if not (empty or isinstance(layer, SpectralLayer) or _is_recurrent(layer) or type(layer) in _WINDOWS):
+        if not (empty or i in coded or _is_recurrent(layer) or type(layer) in _WINDOWS):
             raise UnsupportedModelError(f"layer {i} is a {type(layer).__name__}: what it keeps can't be saved")
 
 
@@ -89,22 +91,36 @@ def capture_cache(cache: Cache) -> CacheState:
     Raises:
         UnsupportedModelError: See `require_savable`.
     """
-    require_savable(cache)
+    held = {i: layer.segment for i, layer in enumerate(cache.layers) if isinstance(layer, SpectralLayer) and layer.segment is not None}
+    others, flags = capture_others(cache, coded_indices(cache))
+    return CacheState({i: capture(segment) for i, segment in held.items()}, others, flags, next(iter(held.values())).dtype)
+
+
+def capture_others(cache: Cache, coded: Collection[int]) -> tuple[Tensors, Flags]:
+    """What a cache holds beside the keys and values of the layers in `coded`, which may be packed or not: tensors and numbers by layer and name.
+
+    Raises:
+        UnsupportedModelError: See `require_savable`.
+    """
+    require_savable(cache, coded)
+    others, flags = Tensors(), Flags()
     layers: list[Any] = list(cache.layers)
-    state = CacheState({}, dtype=next(layer.segment.dtype for layer in layers if isinstance(layer, SpectralLayer) and layer.segment is not None))
     for i, (layer, empty) in enumerate(zip(layers, placeholders(cache), strict=True)):
         if empty:
             continue
-        if isinstance(layer, SpectralLayer) and layer.segment is not None:
-            state.segments[i] = capture(layer.segment)
-        if _is_recurrent(layer):
-            state.others[i] = {name: t for name, t in _flattened(layer, STATES).items() if t is not None}
-            state.flags[i] = _flattened(layer, STATE_FLAGS)
-        elif type(layer) in _WINDOWS:
+        if _is_recurrent(layer) or (i in coded and isinstance(layer, RECURRENT)):
+            others[i] = {name: t for name, t in _flattened(layer, STATES).items() if t is not None}
+            flags[i] = _flattened(layer, STATE_FLAGS)
+        elif i not in coded:
             window: dict[str, Any] = vars(layer)
-            state.others[i] = {name: window[name] for name in ("keys", "values")}
-            state.flags[i] = {_SEEN: layer.cumulative_length} if type(layer) is DynamicSlidingWindowLayer else {}
-    return state
+            others[i] = {name: window[name] for name in ("keys", "values")}
+            flags[i] = {_SEEN: layer.cumulative_length} if type(layer) is DynamicSlidingWindowLayer else {}
+    return others, flags
+
+
+def coded_indices(cache: Cache) -> list[int]:
+    """Indices of the layers that are coded."""
+    return [i for i, layer in enumerate(cache.layers) if isinstance(layer, SpectralLayer)]
 
 
 def restore_cache(cache: Cache, state: CacheState, config: CacheConfig, device_of: Callable[[int], torch.device]) -> None:
@@ -119,52 +135,67 @@ def restore_cache(cache: Cache, state: CacheState, config: CacheConfig, device_o
     Raises:
         CacheFileError: It doesn't fit the cache's layers.
     """
-    coded = {i for i, layer in enumerate(cache.layers) if isinstance(layer, SpectralLayer)}
-    if coded != state.segments.keys():
-        raise CacheFileError(f"layers {sorted(state.segments)} are packed, the model has {sorted(coded)}")
+    coded = coded_indices(cache)
+    if set(coded) != state.segments.keys():
+        raise CacheFileError(f"layers {sorted(state.segments)} are packed, the model has {coded}")
     if len({(len(segment.start), segment.length) for segment in state.segments.values()}) != 1:
         raise CacheFileError("layers hold different numbers of sequences or tokens")
-    beyond = sorted((state.others.keys() | state.flags.keys()) - set(range(len(cache.layers))))
+    for i in coded:
+        layer: Any = cache.layers[i]
+        layer.adopt(build_segment(state.segments[i], layer.codec, config, state.dtype), config)
+    restore_others(cache, state.others, state.flags, (state.batch, state.length), device_of)
+
+
+def restore_others(cache: Cache, others: Tensors, flags: Flags, size: tuple[int, int], device_of: Callable[[int], torch.device]) -> None:
+    """Give an empty cache what `capture_others` gave, which may come from a file.
+
+    Args:
+        cache: Where this fails it is to be thrown away.
+        others, flags: By layer.
+        size: Sequences, and tokens of each.
+        device_of: Where each layer runs.
+
+    Raises:
+        CacheFileError: It doesn't fit the cache's layers.
+    """
+    beyond = sorted((others.keys() | flags.keys()) - set(range(len(cache.layers))))
     if beyond:
         raise CacheFileError(f"layers {beyond} are there, the model has {len(cache.layers)}")
     for i, (layer, empty) in enumerate(zip(cache.layers, placeholders(cache), strict=True)):
-        if isinstance(layer, SpectralLayer):
-            layer.adopt(build_segment(state.segments[i], layer.codec, config, state.dtype), config)
-        _restore_other(layer, i, None if empty else state, device_of)
+        tensors, numbers = others.get(i, {}), flags.get(i, {})
+        if not empty and _is_recurrent(layer):
+            _restore_states(layer, i, tensors, numbers, size[0], device_of(i))
+        elif not empty and type(layer) in _WINDOWS:
+            _restore_window(layer, i, tensors, size, device_of(i))
+        elif tensors or numbers:
+            raise CacheFileError(f"layer {i} has {', '.join(sorted({*tensors, *numbers}))}, of which this model's keeps nothing")
 
 
 def _is_recurrent(layer: Any) -> bool:
     return isinstance(layer, RECURRENT) and not isinstance(layer, DynamicLayer)
 
 
-def _restore_other(layer: Any, index: int, state: CacheState | None, device_of: Callable[[int], torch.device]) -> None:
-    """Tensors and flags of a layer that is not coded, or of a coded one's recurrent states."""
-    tensors, flags = ({}, {}) if state is None else (state.others.get(index, {}), state.flags.get(index, {}))
-    if state is not None and _is_recurrent(layer):
-        for name, tensor in tensors.items():
-            if len(tensor) != state.batch:
-                raise CacheFileError(f"{index}.{name} has {len(tensor)} sequences, others {state.batch}")
-            held = tensor.to(device_of(index), copy=True)
-            _set(layer, index, name, STATES, held)
-            layer.dtype, layer.device = held.dtype, held.device
-        for name, flag in flags.items():
-            _set(layer, index, name, STATE_FLAGS, flag)
-    elif state is not None and type(layer) in _WINDOWS:
-        _restore_window(layer, index, state, device_of(index))
-    elif tensors or flags:
-        raise CacheFileError(f"layer {index} has {', '.join(sorted({*tensors, *flags}))}, of which this model's keeps nothing")
+def _restore_states(layer: Any, index: int, tensors: dict[str, Tensor], flags: dict[str, int | None], batch: int, device: torch.device) -> None:
+    for name, tensor in tensors.items():
+        if tensor.shape[:1] != (batch,):
+            raise CacheFileError(f"{index}.{name} has shape {tuple(tensor.shape)}, expected {batch} sequences, as in others")
+        held = tensor.to(device, copy=True)
+        _set(layer, index, name, STATES, held)
+        layer.dtype, layer.device = held.dtype, held.device
+    for name, flag in flags.items():
+        _set(layer, index, name, STATE_FLAGS, flag)
 
 
-def _restore_window(layer: Any, index: int, state: CacheState, device: torch.device) -> None:
-    tensors, length = state.others.get(index, {}), state.length
+def _restore_window(layer: Any, index: int, tensors: dict[str, Tensor], size: tuple[int, int], device: torch.device) -> None:
+    batch, length = size
     slides = isinstance(layer, DynamicSlidingWindowLayer)
     if tensors.keys() != {"keys", "values"}:
         raise CacheFileError(f"layer {index} has {', '.join(sorted(tensors)) or 'nothing'}, expected keys and values")
     keys, values = tensors["keys"], tensors["values"]
     held = min(length, layer.sliding_window - 1) if slides else length
     alike = keys.dim() == values.dim() == 4 and keys.shape[:3] == values.shape[:3] and keys.dtype == values.dtype
-    if not alike or len(keys) != state.batch or keys.shape[2] != held or not keys.is_floating_point():
-        raise CacheFileError(f"{index}.keys are {tuple(keys.shape)} and {index}.values {tuple(values.shape)}, expected [{state.batch}, H, {held}, D]")
+    if not alike or len(keys) != batch or keys.shape[2] != held or not keys.is_floating_point():
+        raise CacheFileError(f"{index}.keys are {tuple(keys.shape)} and {index}.values {tuple(values.shape)}, expected [{batch}, H, {held}, D]")
     layer.update(keys.to(device, copy=True), values.to(device, copy=True))
     if slides:
         layer.cumulative_length = length

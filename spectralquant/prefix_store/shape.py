@@ -7,7 +7,7 @@ import torch
 from spectralquant.cache.file import read_dtype
 from spectralquant.cache.hf import SpectralCache
 from spectralquant.cache.layers import SpectralLayer
-from spectralquant.cache.state import require_savable
+from spectralquant.cache.state import coded_indices, require_savable
 from spectralquant.codec.layout import UNIT
 from spectralquant.compat import placeholders
 from spectralquant.config import CacheConfig
@@ -37,7 +37,7 @@ class StoredShape:
 
     @classmethod
     def of(cls, cache: SpectralCache) -> "StoredShape":
-        require_savable(cache)
+        require_savable(cache, coded_indices(cache))
         if cache.identity is None:
             raise ConfigError("the cache knows no model; make it with engine.cache(model)")
         dtype = read_dtype({"dtype": cache.identity.dtype})
