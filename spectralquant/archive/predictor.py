@@ -11,6 +11,7 @@ Only the coordinates c are coded. AQUA-KV (arXiv:2501.19392) predicts across lay
 layers and heads at once; two layers as inputs save as much again on SmolLM2 as one does, and no matrix grows with the depth of the model.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from torch import Tensor
 from spectralquant.errors import CacheFileError, CalibrationError, ShapeError
 from spectralquant.profile import NORM_FLOOR, Profile, SideProfile, differences
 from spectralquant.rope import Rotary
-from spectralquant.tensor_file import FileKind, with_suffix
+from spectralquant.tensor_file import FileKind, update_digest, with_suffix
 
 OCTAVE = 8
 """Steps of a quantizer's step, and of the spread of a coordinate, to a factor of two."""
@@ -42,7 +43,7 @@ FITTED_NOISE = 0.5
 """Predictors are fitted for inputs with this share of a step's noise: where a coordinate's spread is below the step, its error is less."""
 ACTIVE = (0.6, 0.9)
 """Share of the coordinates of K and V that cost bits: where more of them do, the same bits buy less."""
-_FILE = FileKind("spectralquant-archive", 1, "archive model", "fit it again with fit_archive", CacheFileError)
+_FILE = FileKind("spectralquant-archive-model", 1, "archive model", "fit it again with fit_archive", CacheFileError)
 
 Layers = Mapping[int, tuple[Tensor, Tensor]]
 """Layer index -> keys and values [H, T, D] of one sequence, keys at their rotary positions 0 .. T - 1."""
@@ -121,11 +122,18 @@ class ArchiveModel:
         layers: Coded layers, by index, in order.
         depth: Layers that a layer is predicted from.
         model: Fingerprint of the model.
+        digest: What archives know it by: 32 hexadecimal digits over all that decoding follows from.
     """
 
     layers: dict[int, LayerArchive]
     depth: int
     model: dict[str, Any]
+    digest: str
+
+    @classmethod
+    def of(cls, layers: dict[int, LayerArchive], depth: int, model: dict[str, Any]) -> "ArchiveModel":
+        """With its digest."""
+        return cls(layers, depth, model, _digest(layers, depth))
 
     @property
     def nbytes(self) -> int:
@@ -171,7 +179,7 @@ def load_archive(path: str | os.PathLike[str], profile: Profile) -> ArchiveModel
         if isinstance(error, CacheFileError):
             raise
         raise CacheFileError(f"{target} is incomplete ({error}); fit it again") from error
-    return ArchiveModel(layers, depth, model)
+    return ArchiveModel.of(layers, depth, model)
 
 
 def _read_side(path: Path, tensors: dict[str, Tensor], name: str, side: SideProfile, inputs: int, step: int) -> SideArchive:
@@ -229,7 +237,7 @@ def fit_archive(profile: Profile, moments: Moments, sensitivity: Mapping[int, tu
         profile: The calibration that `moments` were taken with.
         moments: Of some ten thousand tokens at least.
         sensitivity: Layer index -> the KL that noise in K and in V of that layer alone makes, per unit of the power of y, as
-            `benchmarks/archive.py` measures it; None: all layers and both sides get noise in proportion to their power.
+            `cold.fit` measures it; None: all layers and both sides get noise in proportion to their power.
     """
     if not moments.sums:
         raise CalibrationError("the archive has no statistics; add sequences to the moments first")
@@ -247,7 +255,7 @@ def fit_archive(profile: Profile, moments: Moments, sensitivity: Mapping[int, tu
             step = round(OCTAVE * math.log2(math.sqrt(12 * noise[i][s] * power[i][s])))
             sides.append(_fit_side(side, gram[: known + size, : known + size], added[:known], known, step))
         layers[i] = LayerArchive(sides[0], sides[1], layer.rotary, layer.value_norm)
-    return ArchiveModel(layers, moments.depth, dict(profile.model))
+    return ArchiveModel.of(layers, moments.depth, dict(profile.model))
 
 
 def _fit_side(side: SideProfile, gram: Tensor, noise: Tensor, known: int, step: int) -> SideArchive:
@@ -288,6 +296,16 @@ def _roots(side: SideProfile) -> tuple[Tensor, Tensor]:
     values = values.clamp_min(1e-12 * values.amax(-1, keepdim=True).clamp_min(1e-30))
     scaled = [(vectors * p[..., None, :]) @ vectors.mT for p in (values.sqrt(), values.rsqrt())]
     return scaled[0].float(), scaled[1].float()
+
+
+def _digest(layers: dict[int, LayerArchive], depth: int) -> str:
+    digest = hashlib.sha256(str(depth).encode())
+    for i, layer in layers.items():
+        for name, side in zip(("key", "value"), layer.sides, strict=True):
+            digest.update(f"{i} {name} {side.step}".encode())
+            for part, tensor in (("mean", side.mean), ("predictor", side.predictor.half()), ("basis", side.basis.half()), ("level", side.level)):
+                update_digest(digest, part, tensor.cpu())
+    return digest.hexdigest()[:32]
 
 
 def _enter(mean: Tensor, root: Tensor, x: Tensor) -> Tensor:

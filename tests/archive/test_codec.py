@@ -166,6 +166,7 @@ def test_the_file_of_a_model(tmp_path: Path) -> None:
     path = MODEL.save(tmp_path / "a")
     again = load_archive(path, profile())
     assert again.nbytes == MODEL.nbytes and again.depth == MODEL.depth
+    assert again.digest == MODEL.digest == MODEL.to("cpu").digest != fitted(depth=1).digest
     assert torch.equal(encode_dense(again, layers(40, 55)), PAYLOAD)
     other = replace(profile(), model={**profile().model, "weights": "other"})
     with pytest.raises(CacheFileError, match="another model"):
