@@ -9,42 +9,36 @@ An archive model is fitted on the bundled corpus first: moments of --tokens toke
   archive R         all keys and values of the context coded at rate R, decoded, and read uncompressed
   archive R, high   the same packed at preset "high" after decoding, which is what a loaded prefix is
 --rate may be repeated. Ratios are to 16-bit keys and values of the coded layers; constants of the archive model are told apart. Scored tokens are fed in
-pieces of 16. Seconds are of one thread on a CPU, and of the GPU with the host's share of the work..
+pieces of 16. Seconds are of one thread on a CPU, and of the GPU with the host's share of the work.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from calibration import CHUNK, PRESET, Reference, command_line, describe, named_text, read_references
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from spectralquant import SpectralQuantEngine
 from spectralquant.archive.codec import decode_dense, encode_dense
 from spectralquant.archive.lossless import pack_records, unpack_records
-from spectralquant.archive.predictor import ArchiveModel, Moments, fit_archive
+from spectralquant.archive.predictor import ArchiveModel
 from spectralquant.cli.models import load_model
+from spectralquant.cold.fit import FIT_TOKENS, WINDOWS, fit
 from spectralquant.corpus import make_samples
 from spectralquant.evaluation.metrics import standard_error, token_divergence
 from spectralquant.evaluation.plan import DEFAULT_TEXTS
-from spectralquant.evaluation.tasks.base import continue_with, hand_over, read_context
+from spectralquant.evaluation.tasks.base import continue_with, hand_over
 from spectralquant.evaluation.texts import read_text
 from spectralquant.files import write_json
 from spectralquant.profile import Profile
 
 RATES = (-4, 0, 2, 4, 8)
-NOISE = (0.05, 0.1)
-"""Noise in K and V that sensitivities are measured with, as a share of the power."""
-SCORED = 96
-"""Scored tokens of a window that sensitivities are measured on."""
-Context = list[tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
@@ -61,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     if profile is None:
         engine.calibrate(model, tokenizer)
         profile = engine.profile_of(model)
-    fitted, document["fit"] = fit(model, tokenizer, profile, args)
+    fitted, document["fit"] = fitted_for(model, tokenizer, profile, args)
     references = read_references(model, tokenizer, {name: read_text(source) for name, source in sources.items()}, args)
     lines: list[dict[str, Any]] = []
     with engine.applied_to(model):
@@ -75,44 +69,12 @@ def main(argv: list[str] | None = None) -> None:
         )
 
 
-def fit(model: Any, tokenizer: Any, profile: Profile, args: argparse.Namespace) -> tuple[ArchiveModel, dict[str, Any]]:
+def fitted_for(model: Any, tokenizer: Any, profile: Profile, args: argparse.Namespace) -> tuple[ArchiveModel, dict[str, Any]]:
     """The archive model, and how it was made."""
-    began = time.perf_counter()
-    samples, moments = make_samples(tokenizer, None, max_tokens=args.tokens), Moments(profile, args.depth)
-    for sample in tqdm(samples.statistics, desc="moments", unit="sample"):
-        moments.add(one_sequence(profile, read_context(model, sample.to(model.device))))
-    first = fit_archive(profile, moments).to(model.device)
-    felt: dict[int, list[float]] = {i: [0.0, 0.0] for i in profile.layers}
-    windows = samples.held_out[: args.sensitivity]
-    with tqdm(total=2 * len(felt) * len(windows), desc="sensitivity", unit="forward") as bar:
-        for window in windows:
-            add_sensitivity(model, first, window.to(model.device), felt, bar.update)
-    fitted = fit_archive(profile, moments, {i: (k / len(windows), v / len(windows)) for i, (k, v) in felt.items()} if windows else None)
-    how = {"tokens": samples.tokens, "seconds": round(time.perf_counter() - began, 1), "constant_bytes": fitted.nbytes, "sensitivity": felt}
-    return fitted.to(model.device), how
-
-
-def add_sensitivity(model: Any, fitted: ArchiveModel, ids: Tensor, felt: dict[int, list[float]], progress: Callable[[], Any]) -> None:
-    """Add to `felt` the KL of noise in K and V of each layer, per unit of power, on the last tokens of ids [1, T]."""
-    split = ids.shape[1] - SCORED
-    context = read_context(model, ids[:, :split])
-    want = continue_with(model, hand_over(context, DynamicCache()), ids[:, split:], SCORED).log_softmax(-1)
-    make = torch.Generator().manual_seed(0)
-    for i, layer in fitted.layers.items():
-        keys, values = (x[0].float() for x in context[i])
-        exact = layer.is_sink(values)
-        exact[:8] = True
-        for s, (side, x) in enumerate(zip(layer.sides, (layer.turned_back(keys), values), strict=True)):
-            y = side.enter(x)
-            power = float(y[~exact].square().mean())
-            noise = torch.randn(y.shape, generator=make).to(y.device) * (NOISE[s] * power) ** 0.5
-            noisy = side.leave(y + noise.masked_fill(exact[:, None], 0.0))
-            pair = (layer.turned(noisy), values) if s == 0 else (keys, noisy)
-            changed = [*context]
-            changed[i] = (pair[0][None].to(context[i][0].dtype), pair[1][None].to(context[i][1].dtype))
-            got = continue_with(model, hand_over(changed, DynamicCache()), ids[:, split:], SCORED).log_softmax(-1)
-            felt[i][s] += float(token_divergence(want, got, ids[0, split + 1 :])["kl"].mean()) / NOISE[s]
-            progress()
+    began, samples = time.perf_counter(), make_samples(tokenizer, None, max_tokens=args.tokens)
+    made = fit(model, profile, samples, args.depth, args.sensitivity)
+    seconds = round(time.perf_counter() - began, 1)
+    return made.archive, {"tokens": samples.tokens, "seconds": seconds, "constant_bytes": made.archive.nbytes, "sensitivity": made.sensitivity}
 
 
 def measure(model: Any, engine: SpectralQuantEngine, fitted: ArchiveModel, reference: Reference, rates: Any) -> list[dict[str, Any]]:
@@ -168,10 +130,6 @@ def measure(model: Any, engine: SpectralQuantEngine, fitted: ArchiveModel, refer
     return lines
 
 
-def one_sequence(profile: Profile, context: Context) -> dict[int, tuple[Tensor, Tensor]]:
-    return {i: (context[i][0][0], context[i][1][0]) for i in profile.layers}
-
-
 def summarise(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over the windows of each text and method."""
     found: list[dict[str, Any]] = []
@@ -189,9 +147,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="of the model (default float32)")
     parser.add_argument("--calibration", metavar="FILE", help="calibration of the model; default: measured, or found on this machine")
     parser.add_argument("--text", action="append", type=named_text, metavar="NAME=SOURCE", help="a file, a .jsonl file, or stdlib:module,module")
-    parser.add_argument("--tokens", type=int, default=24_000, help="tokens of the bundled corpus to fit the archive model on (default 24,000)")
+    parser.add_argument("--tokens", type=int, default=FIT_TOKENS, help=f"tokens of the bundled corpus to fit the archive model on (default {FIT_TOKENS:,})")
     parser.add_argument("--depth", type=int, default=2, help="layers that a layer is predicted from (default 2)")
-    parser.add_argument("--sensitivity", type=int, default=2, help="windows to measure sensitivities on (default 2; 0: none)")
+    parser.add_argument("--sensitivity", type=int, default=WINDOWS, help=f"windows to measure sensitivities on (default {WINDOWS}; 0: none)")
     parser.add_argument("--context", type=int, default=1024, help="tokens in the cache before the first scored one (default 1024)")
     parser.add_argument("--windows", type=int, default=6, help="windows per text, spread evenly over it (default 6)")
     parser.add_argument("--scored", type=int, default=256, help="scored tokens per window (default 256)")

@@ -215,6 +215,7 @@ MEANINGS = {
     "original_format": "the original's files",
     "decode_graph": "a step as a CUDA graph",
     "generation_options": "what generate was asked for",
+    "cold": "prefixes put away",
     "cuda_graphs": "capture and replay",
     "paged": "a cache in pages, for servers",
     "calibration": "measures a model",
