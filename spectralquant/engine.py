@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from spectralquant import application, prompts
+from spectralquant.archive.predictor import ArchiveModel
 from spectralquant.attention.hf import register
 from spectralquant.cache.file import Identity
 from spectralquant.cache.hf import SpectralCache, coded_layer_indices, layer_devices, model_device, read_dense
@@ -26,6 +27,8 @@ from spectralquant.codec.budget import require_head_dim
 from spectralquant.codec.codec import LayerCodec, build_codec, place_codecs
 from spectralquant.codec.identity import codec_identity
 from spectralquant.codec.quantizer import QUANTIZERS
+from spectralquant.cold.fit import FIT_TOKENS, fit
+from spectralquant.cold.prefix import archive_prefix, load_archived
 from spectralquant.compat import cache_argument, last_logits, layer_config
 from spectralquant.config import CacheConfig, Dials, require_int
 from spectralquant.corpus import Samples, make_samples, token_budget
@@ -447,6 +450,66 @@ class SpectralQuantEngine:
         cache = self.cache(model)
         cache.fill(past_key_values)
         return cache
+
+    # Archives -------------------------------------------------------------------------------------------------------
+
+    def fit_archive(self, model: PreTrainedModel, tokenizer: Any, calibration_texts: list[str] | None = None, *, progress: bool = True) -> ArchiveModel:
+        """What archives of a model's prefixes are written and read with, measured over the bundled corpus or own texts, once: it serves every preset. Keep it
+        with its `save`, beside the calibration; `archive.predictor.load_archive` reads it.
+
+        Raises:
+            CalibrationError: The texts are too short, or the model's logits are not finite.
+        """
+        model = unwrapped(model)
+        if self._latest is None:
+            self.ensure_calibrated(model, tokenizer, progress=progress)
+        samples = make_samples(tokenizer, calibration_texts, max_tokens=FIT_TOKENS)
+        with self.applied_to(model), _evaluation_mode(model):
+            return fit(model, self._profile(model), samples, progress=progress).archive
+
+    def archive_prefix(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        prompt: Any,
+        path: str | os.PathLike[str],
+        archive: ArchiveModel,
+        rate: int = -4,
+        *,
+        add_special_tokens: bool = True,
+    ) -> dict[str, Any]:
+        """Read a prompt once and write an archive of it, a twelfth of a 16-bit cache at the default `rate`, for `load_archived`.
+
+        Args:
+            model, tokenizer: No calibration is needed.
+            prompt: One, in any form that `generate` takes.
+            path: The file; the suffix is added if it is missing. The old one stays until the new one is whole.
+            archive: From `fit_archive`.
+            rate: Smaller and coarser (up to 64) or larger and finer (down to -64), see docs/archive.md.
+            add_special_tokens: As in the tokenizer, for strings.
+
+        Returns:
+            {path, tokens, bytes, ratio, seconds}: bytes of the file, and how many times smaller than all that the model keeps, in 16 bits.
+
+        Raises:
+            ConfigError: `archive` is of another model, `rate` is out of range, or there are several prompts.
+            UnsupportedModelError: The model has layers of a kind that can't be saved.
+            OSError: The file can't be written.
+        """
+        inputs = prompts.encode(tokenizer, prompt, add_special_tokens, model_device(model))
+        if len(inputs.ids) != 1:
+            raise ConfigError(f"prompt holds {len(inputs.ids)} sequences; archive_prefix takes one")
+        with self.applied_to(model):
+            return archive_prefix(model, inputs.ids, Path(path), archive, rate)
+
+    def load_archived(self, path: str | os.PathLike[str], model: PreTrainedModel, archive: ArchiveModel) -> SpectralCache:
+        """A cache with the prefix that `archive_prefix` has put away, packed at this engine's preset, for any number of follow-ups (as of `compress_prefill`).
+
+        Raises:
+            CacheFileError: The file is missing, damaged, of another version, or made with another model or archive model.
+            ConfigError: `archive` is of another model.
+        """
+        return load_archived(Path(path), model, archive, lambda: self.cache(model))
 
     # Figures --------------------------------------------------------------------------------------------------------
 
