@@ -1,8 +1,8 @@
 """Keys and values at low rate: residuals of the predictor, rounded to steps, in as many bits as their entropy.
 
 Coordinates are rounded to the nearest multiple of a step, and nothing is dropped: a dead zone, which mean square error would want, shrinks what attention
-averages. Attention sinks, whose errors every query feels, have 1 / 32 of that step. Layers follow each other: what predicts a layer are the decoded layers
-before it, so errors do not add up.
+averages. Attention sinks, whose errors every query feels, have 1 / 32 of that step if symbols reach as far. Layers follow each other: what predicts a layer
+are the decoded layers before it, so errors do not add up.
 
 A payload is, integers little-endian:
 
@@ -70,13 +70,10 @@ def encode_dense(model: ArchiveModel, layers: Layers, rate: int = 0, first: int 
             raise ConfigError(f"layer {i} holds keys or values that are not finite; such a cache can't be archived")
         fine = layer.is_sink(values)
         fine[: max(SINKS - first, 0)] = True
+        fine, symbols, seen = _code_layer(layer, (layer.turned_back(keys, first), values), _inputs(past, fine, torch.float64), fine, rate)
         flags.append(fine.cpu())
-        seen = _inputs(past, fine, torch.float64)
-        for side, x in zip(layer.sides, (layer.turned_back(keys, first), values), strict=True):
-            y, step, predicted = side.enter(x), _steps(side, rate, fine), seen @ side.predictor
-            symbols = ((y - predicted) @ side.basis / step[:, None]).round().clamp(-MAX_SYMBOL, MAX_SYMBOL)
-            _append(streams, side, rate, symbols.short().cpu(), flags[-1])
-            seen = torch.cat([seen, predicted + _levels(symbols, step) @ side.basis.mT], 1)
+        for side, found in zip(layer.sides, symbols, strict=True):
+            _append(streams, side, rate, found.short().cpu(), flags[-1])
         past = [*past, _own(seen, layer)][-model.depth :]
     bits = compress(np.packbits(torch.stack(flags).numpy()).tobytes())
     blocks = [pack_symbols(torch.from_numpy(np.concatenate(parts))) for parts in streams if parts]
@@ -97,6 +94,20 @@ def decode_dense(model: ArchiveModel, payload: Tensor, tokens: int, first: int =
     """
     rate, flags, symbols = _read(model, payload_bytes(payload), tokens)
     return _layers(model, rate, flags, symbols, first)
+
+
+def _code_layer(layer: LayerArchive, pair: tuple[Tensor, Tensor], known: Tensor, fine: Tensor, rate: int) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Where the step is fine in the end, symbols [T, N] of K and V, and all that is known then. Where symbols of a fine step don't reach, it is usual."""
+    symbols, seen = list[Tensor](), known
+    for side, x in zip(layer.sides, pair, strict=True):
+        step, predicted = _steps(side, rate, fine), seen @ side.predictor
+        found = ((side.enter(x) - predicted) @ side.basis / step[:, None]).round()
+        beyond = fine & (found.abs().amax(1) > MAX_SYMBOL)
+        if beyond.any():
+            return _code_layer(layer, pair, known, fine & ~beyond, rate)
+        symbols.append(found.clamp(-MAX_SYMBOL, MAX_SYMBOL))
+        seen = torch.cat([seen, predicted + _levels(symbols[-1], step) @ side.basis.mT], 1)
+    return fine, symbols, seen
 
 
 def _layers(model: ArchiveModel, rate: int, flags: Tensor, symbols: "_Symbols", first: int) -> Iterator[tuple[int, Tensor, Tensor]]:

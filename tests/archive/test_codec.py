@@ -119,6 +119,18 @@ def test_values_of_a_million_come_back_as_far_as_symbols_reach() -> None:
     assert all(torch.isfinite(x).all() for pair in found.values() for x in pair)
 
 
+@pytest.mark.parametrize("rate", [-64, -40, -4])
+def test_sinks_that_a_fine_step_does_not_reach_have_the_usual_one(rate: int) -> None:
+    """At the finest rates 32,767 fine steps are less than what any token takes."""
+    given_ = layers(64, 57)
+    for i in LAYERS:
+        given_[i][1][:, 1] *= 10
+    found = decoded(MODEL, encode_dense(MODEL, given_, rate), 64)
+    for error, _ in residual_errors(MODEL, given_, found):
+        assert error.mean() < 0.3 * 2 ** (rate / OCTAVE) + 2e-3 and error[0].max() < 0.05 + 0.6 * 2 ** (rate / OCTAVE)
+        assert error[1].max() < 0.1 + 2 * 2 ** (rate / OCTAVE), "ten times the usual size; bases of 16 bits are not quite orthogonal"
+
+
 def test_what_can_not_be_coded_is_refused() -> None:
     given_ = layers(32, 54)
     with pytest.raises(ShapeError, match="layer 3 are missing"):
