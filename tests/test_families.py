@@ -13,7 +13,7 @@ from releases import skip_before
 from tiny_models import TinyTokenizer
 from transformers import DynamicCache, __version__
 
-from spectralquant import PrefixStore
+from spectralquant import PrefixStore, get_default_calibration_texts
 from spectralquant.cache.hf import SpectralCache
 from spectralquant.cache.layers import SpectralLayer
 from spectralquant.codec.layout import UNIT
@@ -193,6 +193,19 @@ def test_a_saved_cache_goes_on_with_the_same_logits(family: Prepared, tmp_path: 
     for token in more.split(1, 1):
         assert torch.equal(logits(family, token, loaded), logits(family, token, cache))
     assert loaded.get_seq_length() == cache.get_seq_length() == PROMPT + 2
+
+
+@torch.no_grad()
+def test_an_archived_prompt_gives_logits_that_are_near(family: Prepared, tmp_path: Path) -> None:
+    """At the finest rate, where what comes back differs in the last places; what layers keep that are not coded is in the file as it is."""
+    engine, model, prompt = family.engine, family.model, family.family.inputs(ids(PROMPT))
+    if prompt.keys() != {"input_ids"}:
+        pytest.skip("images don't go through engine.archive_prefix")
+    archive = engine.fit_archive(model, TinyTokenizer(), get_default_calibration_texts(2), progress=False)
+    path = engine.archive_prefix(model, TinyTokenizer(), prompt["input_ids"], tmp_path / "a", archive, -64)["path"]
+    caches = engine.load_archived(path, model, archive), engine.compress_prefill(model, TinyTokenizer(), prompt["input_ids"])["cache"]
+    got, want = (logits(family, ids(2), cache) for cache in caches)
+    assert error(got, want) < 0.05
 
 
 def test_a_stored_prompt_gives_the_same_tokens(family: Prepared, tmp_path: Path) -> None:

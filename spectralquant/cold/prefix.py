@@ -61,8 +61,9 @@ def _append(cache: SpectralCache, dtype: torch.dtype, layers: Iterator[tuple[int
     taker: Any = cache
     for i, *pair in layers:
         keys, values = (x[None].to(cache.device_of(i), dtype) for x in pair)
-        if not (keys.isfinite().all() and values.isfinite().all()):
-            raise CacheFileError(f"layer {i} decodes to numbers beyond {dtype}")
+        narrow = taker.layers[i].codec.exact_dtype_for(dtype)
+        if not (keys.to(narrow).isfinite().all() and values.to(narrow).isfinite().all()):
+            raise CacheFileError(f"layer {i} decodes to numbers beyond {narrow}")
         taker.update(keys, values, i)
 
 
