@@ -1,10 +1,12 @@
 """A compressed prefix from disk against computing it again: time to the first token, time to save, bytes.
 
-    python benchmarks/prefix.py --model smollm2 --tokens 2048 --out FILE
+    python benchmarks/prefix.py --model smollm2 --tokens 2048 [--archive FILE] --out FILE
 
 `recompute`: the model reads the prompt into its own uncompressed cache and gives the first token's logits. `file`: `SpectralCache.load`, and the logits of the
-last token from a copy of it. `store`: `engine.generate(max_new_tokens=1, store=...)` with all of the prompt stored, everything included. All are medians.
-"cold": files are taken out of the operating system's cache before. The calibration is loaded and the model is warm in all cases.
+last token from a copy of it. `store`: `engine.generate(max_new_tokens=1, store=...)` with all of the prompt stored, everything included. `archive` (--archive
+FILE): `engine.archive_prefix` with everything included, `engine.load_archived`, and the logits of the last token from that; FILE is the archive model, which is
+fitted and written first where there is none. All but the saving of archives are medians. "cold": files are taken out of the operating system's cache before.
+The calibration is loaded and the model is warm in all cases.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from spectralquant import PrefixStore, SpectralCache
+from spectralquant.archive.predictor import ArchiveModel, load_archive
 from spectralquant.cli.output import Output
 from spectralquant.cli.session import open_session
 from spectralquant.compat import cache_argument, last_logits
@@ -41,6 +44,12 @@ class Bench:
         ids = self.session.tokenizer(text, return_tensors="pt").input_ids
         need = max(args.tokens)
         self.ids = ids.repeat(1, -(-need // ids.shape[1]))[:, :need].to(self.model.device)
+        self.archive = None if args.archive is None else self.archive_model(args.archive)
+
+    def archive_model(self, path: Path) -> ArchiveModel:
+        if not path.is_file():
+            self.engine.fit_archive(self.model, self.session.tokenizer).save(path)
+        return load_archive(path, self.engine.profile_of(self.model)).to(self.model.device)
 
     @torch.no_grad()
     def logits(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
@@ -83,7 +92,20 @@ class Bench:
         row["file_first_token_s"] = self.seconds(from_file, repeats)
         row["file_first_token_cold_s"] = self.seconds(from_file, repeats, lambda: drop(folder))
         path.unlink()
-        return {**row, **self.measure_store(ids, repeats, PrefixStore(folder / "store", "100GB"))}
+        row |= self.measure_store(ids, repeats, PrefixStore(folder / "store", "100GB"))
+        return row if self.archive is None else {**row, **self.measure_archive(ids, repeats, folder / "archive", self.archive)}
+
+    def measure_archive(self, ids: torch.Tensor, repeats: int, path: Path, archive: ArchiveModel) -> dict[str, Any]:
+        told = self.engine.archive_prefix(self.model, self.session.tokenizer, ids, path, archive)
+
+        def from_archive() -> None:
+            loaded = self.engine.load_archived(path, self.model, archive)
+            loaded.roll_back(ids.shape[1] - 1)
+            self.logits(ids[:, -1:], loaded)
+
+        row = {"archive_bytes": told["bytes"], "archive_ratio": told["ratio"], "archive_save_s": told["seconds"]}
+        row["archive_load_s"] = self.seconds(lambda: self.engine.load_archived(path, self.model, archive), repeats)
+        return {**row, "archive_first_token_s": self.seconds(from_archive, repeats)}
 
     def measure_store(self, ids: torch.Tensor, repeats: int, store: PrefixStore) -> dict[str, Any]:
         def generate() -> dict[str, Any]:
@@ -114,6 +136,7 @@ def main() -> None:
     parser.add_argument("--dtype", help="of the model")
     parser.add_argument("--preset", default="high")
     parser.add_argument("--text", type=Path, help="what the prompt is cut from (default: the bundled corpus)")
+    parser.add_argument("--archive", type=Path, metavar="FILE", help="archive model of the same model (.safetensors); adds the columns of archives")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
