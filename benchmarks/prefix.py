@@ -5,8 +5,9 @@
 `recompute`: the model reads the prompt into its own uncompressed cache and gives the first token's logits. `file`: `SpectralCache.load`, and the logits of the
 last token from a copy of it. `store`: `engine.generate(max_new_tokens=1, store=...)` with all of the prompt stored, everything included. `archive` (--archive
 FILE): `engine.archive_prefix` with everything included, `engine.load_archived`, and the logits of the last token from that; FILE is the archive model, which is
-fitted and written first where there is none. All but the saving of archives are medians. "cold": files are taken out of the operating system's cache before.
-The calibration is loaded and the model is warm in all cases.
+fitted and written first where there is none. `pack`: packing an uncompressed cache, which loading an archive includes and `recompute` does not. All but the
+saving of archives are medians. "cold": files are taken out of the operating system's cache before. The calibration is loaded and the model is warm in all
+cases.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from calibration import command_line
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from spectralquant import PrefixStore, SpectralCache
+from spectralquant import PrefixStore, SpectralCache, SpectralQuantEngine
 from spectralquant.archive.predictor import ArchiveModel, load_archive
 from spectralquant.cli.output import Output
 from spectralquant.cli.session import open_session
@@ -39,7 +40,8 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.session = open_session(args.model, args.calibration, False, Output(True), args.dtype)
-        self.model, self.engine = self.session.model, self.session.engine(args.preset)
+        self.model = self.session.model
+        self.engine = SpectralQuantEngine.of(self.session.profile, compression=args.preset, quantizer=args.quantizer)
         text = args.text.read_text(encoding="utf-8") if args.text else "\n\n".join(get_default_calibration_texts())
         ids = self.session.tokenizer(text, return_tensors="pt").input_ids
         need = max(args.tokens)
@@ -104,6 +106,8 @@ class Bench:
             self.logits(ids[:, -1:], loaded)
 
         row = {"archive_bytes": told["bytes"], "archive_ratio": told["ratio"], "archive_save_s": told["seconds"]}
+        dense = self.engine.collect_kv(self.model, self.session.tokenizer, ids)
+        row["pack_s"] = self.seconds(lambda: self.engine.compress_kv_cache(dense, self.model), repeats)
         row["archive_load_s"] = self.seconds(lambda: self.engine.load_archived(path, self.model, archive), repeats)
         return {**row, "archive_first_token_s": self.seconds(from_archive, repeats)}
 
@@ -135,6 +139,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, help="file or folder (default: as every verb finds it)")
     parser.add_argument("--dtype", help="of the model")
     parser.add_argument("--preset", default="high")
+    parser.add_argument("--quantizer", default="joint", help="joint (default) or uniform, which packs faster")
     parser.add_argument("--text", type=Path, help="what the prompt is cut from (default: the bundled corpus)")
     parser.add_argument("--archive", type=Path, metavar="FILE", help="archive model of the same model (.safetensors); adds the columns of archives")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048])
@@ -142,7 +147,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     bench = Bench(args)
-    document: dict[str, Any] = {"command": command_line("prefix", sys.argv[1:]), "model": bench.session.label, "preset": args.preset, **machine(bench.model)}
+    document: dict[str, Any] = {
+        "command": command_line("prefix", sys.argv[1:]),
+        "model": bench.session.label,
+        "preset": args.preset,
+        "quantizer": args.quantizer,
+        **machine(bench.model),
+    }
     document["rows"] = []
     for tokens in tqdm(args.tokens, desc="prompts", disable=len(args.tokens) == 1):
         with tempfile.TemporaryDirectory() as folder:

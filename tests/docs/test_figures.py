@@ -222,3 +222,23 @@ def test_table_of_archives() -> None:
         method = names[label]
         assert (ratio, divergence, agree) == (f"{lines[method]['ratio']:.1f}", kl(method), percent(lines[method]["agreement"]))
         assert loaded == (kl(f"{method}, high") if method.startswith("archive") else "")
+
+
+def test_table_of_loading_archives() -> None:
+    """Seconds with two places, bytes in megabytes with one."""
+    columns = [result(f"prefix-smollm2-{quantizer}")["rows"][0] for quantizer in ("joint", "uniform")]
+    ((_, table),) = tables("docs/archive.md", "2,048 tokens")
+    names = {
+        "reading the prompt, to the first token": "recompute_s",
+        "packing what was read": "pack_s",
+        "reading and packing, to the first token": "store_miss_s",
+        "loading the archive, packing included": "archive_load_s",
+        "loading the archive, to the first token": "archive_first_token_s",
+        "loading a cache file, to the first token": "file_first_token_s",
+        "bytes of the archive": "archive_bytes",
+        "bytes of the cache file": "file_bytes",
+    }
+    assert [row[0] for row in table[2:]] == list(names)
+    for label, *cells in table[2:]:
+        shown = [f"{c[names[label]] / 1e6:.1f} MB" if "bytes" in label else f"{c[names[label]]:.2f} s" for c in columns]
+        assert cells == shown and all(c["tokens"] == 2048 for c in columns)
