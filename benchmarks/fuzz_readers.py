@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import fuzz_caches as caches
 import torch
 from fuzz_mutations import Mutation, edit_archive, edit_json, edit_tensors
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ from spectralquant.integrations.encoder import CHOICES as ENCODER_CHOICES
 from spectralquant.integrations.encoder import EncoderEngine, _fingerprint
 from spectralquant.model_folder import fingerprint_of_folder, without_weights
 from spectralquant.original_format import load_original
+from spectralquant.prefix_store.entries import Tail
 from spectralquant.presets import PRESETS
 from spectralquant.pretrained import describe
 from spectralquant.profile import Choices, LayerProfile, Profile, SideProfile, load_profile, read_fingerprint
@@ -246,6 +248,18 @@ def make_problems(folder: Path) -> Path:
     return folder / "problems.jsonl"
 
 
+def same_cache(a: Any, b: Any) -> bool:
+    return equal(caches.content(a), caches.content(b))
+
+
+def use_cache(held: Any) -> None:
+    caches.go_on(caches.llama()[0], held)
+
+
+def use_sliding(held: Any) -> None:
+    caches.go_on(caches.gemma()[0], held)
+
+
 READERS = {
     reader.name: reader
     for reader in (
@@ -263,5 +277,12 @@ READERS = {
         Reader("page, bench", lambda f: make_run(f).with_name("bench.json"), read_page, equal, (edit_json,), slow=True),
         Reader("text, JSON lines", make_problems, lambda p: read_text(str(p)), equal, (edit_json,)),
         Reader("word problems", make_problems, lambda p: read_problems(p, 2), equal, (edit_json,)),
+        Reader("cache", caches.make_cache, caches.read_cache, same_cache, (edit_tensors,), use_cache, sealed=True),
+        Reader("cache, sliding window", caches.make_sliding, caches.read_sliding, same_cache, (edit_tensors,), use_sliding, sealed=True),
+        Reader("store, block", lambda f: caches.make_store(f, "block"), caches.read_block, equal, (edit_tensors,), caches.use_entry, sealed=True),
+        Reader("store, block in fewer bytes", caches.make_archived_block, caches.read_block, equal, (edit_tensors,), caches.use_entry, sealed=True),
+        Reader("store, tail", lambda f: caches.make_store(f, "tail"), Tail.read, equal, (edit_tensors,), lambda t: caches.use_entry(tail=t), sealed=True),
+        Reader("archive model", caches.make_archive_model, caches.read_archive_model, equal, (edit_tensors,), sealed=True),
+        Reader("archive", caches.make_archived, caches.read_archived, same_cache, (edit_tensors,), use_cache, sealed=True),
     )
 }

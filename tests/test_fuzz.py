@@ -14,6 +14,7 @@ FILES, FEW = 100, 3
 READERS = (
     "calibration", "calibration, header alone", "calibration of an encoder", "original package, tensors", "original package, meta", "model, weights",
     "model, index", "model, config.json", "run, rows", "run, configuration", "page, rows", "page, bench", "text, JSON lines", "word problems",
+    "cache", "cache, sliding window", "store, block", "store, block in fewer bytes", "store, tail", "archive model", "archive",
 )  # fmt: skip
 
 
