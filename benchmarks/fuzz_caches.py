@@ -1,5 +1,6 @@
 """Files of caches, of a prefix store and of archives, for `fuzz_readers.py`: two tiny random models, one with a sliding window, with made-up spectra."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,12 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from spectralquant import PrefixStore, SpectralCache, SpectralQuantEngine
 from spectralquant.archive.predictor import ArchiveModel, Moments, fit_archive, load_archive
 from spectralquant.cache.state import capture_cache, restore_cache
+from spectralquant.calibration.hf import known_fingerprint
 from spectralquant.codec.packed import plain_arithmetic
 from spectralquant.compat import cache_argument
 from spectralquant.prefix_store.entries import Block, Tail, joined
 from spectralquant.prefix_store.shape import StoredShape
+from spectralquant.profile import Profile
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 1, "head_dim": 32}
 TOKENS = 300
@@ -50,14 +53,14 @@ def filled(model: Any, engine: SpectralQuantEngine) -> tuple[SpectralCache, Tens
 
 @torch.no_grad()
 def go_on(model: Any, held: SpectralCache) -> None:
-    """As a call of `generate` does."""
+    """As a call of `generate` does, on a copy."""
     batch = len(held.coded_layers[0].segment.start)  # pyright: ignore[reportOptionalMemberAccess]
-    model(torch.zeros(batch, 2, dtype=torch.long), **cache_argument(model, held))
+    model(torch.zeros(batch, 2, dtype=torch.long), **cache_argument(model, held.copy()))
 
 
 def content(held: SpectralCache) -> dict[str, Any]:
     """All that a cache holds, and the tokens of a prefix."""
-    state = capture_cache(held)
+    state = capture_cache(held.copy())  # of a copy units are always a prefix
     return {**state.tensors(), "flags": state.flags, "ids": held.prefix_ids}
 
 
@@ -117,10 +120,14 @@ def use_entry(block: Block | None = None, tail: Tail | None = None) -> None:
     go_on(model, held)
 
 
+def archived_profile() -> Profile:
+    return replace(made_up_profile(2, 1, 32), model=known_fingerprint(llama()[0]))
+
+
 @cache
 def archive() -> ArchiveModel:
     """Fitted on random keys and values."""
-    profile = made_up_profile(2, 1, 32)
+    profile = archived_profile()
     moments = Moments(profile)
     make = torch.Generator().manual_seed(0)
     moments.add({i: (torch.randn(1, 512, 32, generator=make), torch.randn(1, 512, 32, generator=make)) for i in profile.layers})
@@ -132,13 +139,13 @@ def make_archive_model(folder: Path) -> Path:
 
 
 def read_archive_model(path: Path) -> ArchiveModel:
-    return load_archive(path, made_up_profile(2, 1, 32))
+    return load_archive(path, archived_profile())
 
 
 def make_archived(folder: Path) -> Path:
     model, engine = llama()
     _, ids = filled(model, engine)
-    engine.archive_prefix(model, SimpleNamespace(pad_token_id=0), ids, folder / "prefix", archive())
+    engine.archive_prefix(model, SimpleNamespace(pad_token_id=0, eos_token_id=1), ids, folder / "prefix", archive())
     return folder / "prefix.safetensors"
 
 

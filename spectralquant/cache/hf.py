@@ -17,7 +17,7 @@ from spectralquant.cache.layers import CODED, SpectralLayer, all_or_nothing, cod
 from spectralquant.cache.state import capture_cache, restore_cache
 from spectralquant.codec.codec import LayerCodec, codec_nbytes
 from spectralquant.codec.packed import plain_arithmetic
-from spectralquant.compat import INSTALLED, KEEPS_RECURRENT_STATES, STATES_SINCE, UNCROPPABLE, cache_argument, placeholders, reset_layer
+from spectralquant.compat import INSTALLED, KEEPS_RECURRENT_STATES, STATES_SINCE, UNCROPPABLE, cache_argument, layer_config, placeholders, reset_layer
 from spectralquant.config import CacheConfig
 from spectralquant.errors import CacheFileError, ConfigError, ShapeError, UnsupportedModelError
 from spectralquant.tensor_file import with_suffix
@@ -36,6 +36,7 @@ class SpectralCache(DynamicCache):
     Attributes:
         prefix_ids: Token ids [1, T] of a prefix that this cache holds for any number of follow-ups, or None. `generate` of a model
             that an engine was applied to works on a copy of such a cache.
+        window_sizes: Layer index -> KV heads and head size, of layers with a sliding window.
         decode_report: How the steps of the last `generate` ran, a `decode_graph.DecodeReport`; None before.
 
     Raises:
@@ -58,6 +59,7 @@ class SpectralCache(DynamicCache):
         Cache.__init__(self, layers=[coded_layer(layer, codecs[i], config) if i in codecs else layer for i, layer in enumerate(layers)])
         self.identity = identity
         self._devices = {} if devices is None else devices
+        self.window_sizes: dict[int, tuple[int, int]] = {i: _kv_size(model_config, i) for i, layer in enumerate(layers) if getattr(layer, "is_sliding", False)}
         self.prefix_ids: Tensor | None = None
         self.decode_report: Any = None
         self._behind: SpectralLayer | None = None  # whose update came last
@@ -258,6 +260,12 @@ def dense_layers(model_config: PretrainedConfig) -> list[Any]:
     layers = list(DynamicCache(config=text).layers)
     count = getattr(text, "num_hidden_layers", 0)
     return layers if layers else [DynamicLayer() for _ in range(count)]
+
+
+def _kv_size(model_config: PretrainedConfig, index: int) -> tuple[int, int]:
+    layer = layer_config(model_config.get_text_config(decoder=True), index)
+    heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+    return heads, getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
 
 
 def coded_layer_indices(model: PreTrainedModel) -> list[int]:

@@ -13,6 +13,9 @@ from spectralquant.codec.prefix import Prefix
 from spectralquant.config import CacheConfig
 from spectralquant.errors import CacheFileError
 
+_RANKS = {"exact_slots": 2, "start": 1, "prefix_rows": 1}
+"""Dimensions of tensors that have not four."""
+
 
 @dataclass(frozen=True, slots=True)
 class SegmentState:
@@ -37,6 +40,13 @@ class SegmentState:
     start: Tensor
     prefix_records: Tensor | None = None
     prefix_rows: Tensor | None = None
+
+    def require_ranks(self) -> None:
+        """Raise CacheFileError unless all tensors have as many dimensions as above, by which `units` and `length` go."""
+        for name, tensor in self.tensors().items():
+            rank = _RANKS.get(name, 4)
+            if tensor.dim() != rank:
+                raise CacheFileError(f"{name} has {tensor.dim()} dimensions, expected {rank}")
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, those that are there."""

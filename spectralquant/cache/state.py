@@ -73,9 +73,12 @@ class CacheState:
                 raise CacheFileError(f"{name!r} names no layer, expected a number, a point and a part")
             (segments if part in _SEGMENT else others).setdefault(int(layer), {})[part] = tensor
         try:
-            return cls({i: SegmentState(**parts) for i, parts in sorted(segments.items())}, others, flags, dtype)
+            state = cls({i: SegmentState(**parts) for i, parts in sorted(segments.items())}, others, flags, dtype)
         except TypeError as error:
             raise CacheFileError(f"a layer's tensors are incomplete: {error}") from error
+        for segment in state.segments.values():
+            segment.require_ranks()
+        return state
 
 
 def require_savable(cache: Cache, coded: Collection[int]) -> None:
@@ -143,16 +146,17 @@ def restore_cache(cache: Cache, state: CacheState, config: CacheConfig, device_o
     for i in coded:
         layer: Any = cache.layers[i]
         layer.adopt(build_segment(state.segments[i], layer.codec, config, state.dtype), config)
-    restore_others(cache, state.others, state.flags, (state.batch, state.length), device_of)
+    restore_others(cache, state.others, state.flags, (state.batch, state.length), state.dtype, device_of)
 
 
-def restore_others(cache: Cache, others: Tensors, flags: Flags, size: tuple[int, int], device_of: Callable[[int], torch.device]) -> None:
+def restore_others(cache: Cache, others: Tensors, flags: Flags, size: tuple[int, int], dtype: torch.dtype, device_of: Callable[[int], torch.device]) -> None:
     """Give an empty cache what `capture_others` gave, which may come from a file.
 
     Args:
         cache: Where this fails it is to be thrown away.
         others, flags: By layer.
         size: Sequences, and tokens of each.
+        dtype: Of the model.
         device_of: Where each layer runs.
 
     Raises:
@@ -166,7 +170,8 @@ def restore_others(cache: Cache, others: Tensors, flags: Flags, size: tuple[int,
         if not empty and _is_recurrent(layer):
             _restore_states(layer, i, tensors, numbers, size[0], device_of(i))
         elif not empty and type(layer) in _WINDOWS:
-            _restore_window(layer, i, tensors, size, device_of(i))
+            shape = (size[0], *getattr(cache, "window_sizes", {}).get(i, (None, None)))
+            _restore_window(layer, i, tensors, shape, size[1], dtype, device_of(i))
         elif tensors or numbers:
             raise CacheFileError(f"layer {i} has {', '.join(sorted({*tensors, *numbers}))}, of which this model's keeps nothing")
 
@@ -186,16 +191,19 @@ def _restore_states(layer: Any, index: int, tensors: dict[str, Tensor], flags: d
         _set(layer, index, name, STATE_FLAGS, flag)
 
 
-def _restore_window(layer: Any, index: int, tensors: dict[str, Tensor], size: tuple[int, int], device: torch.device) -> None:
-    batch, length = size
+def _restore_window(
+    layer: Any, index: int, tensors: dict[str, Tensor], shape: tuple[int | None, ...], length: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """`shape`: sequences, heads and head size, None where they are not known."""
     slides = isinstance(layer, DynamicSlidingWindowLayer)
     if tensors.keys() != {"keys", "values"}:
         raise CacheFileError(f"layer {index} has {', '.join(sorted(tensors)) or 'nothing'}, expected keys and values")
     keys, values = tensors["keys"], tensors["values"]
-    held = min(length, layer.sliding_window - 1) if slides else length
-    alike = keys.dim() == values.dim() == 4 and keys.shape[:3] == values.shape[:3] and keys.dtype == values.dtype
-    if not alike or len(keys) != batch or keys.shape[2] != held or not keys.is_floating_point():
-        raise CacheFileError(f"{index}.keys are {tuple(keys.shape)} and {index}.values {tuple(values.shape)}, expected [{batch}, H, {held}, D]")
+    batch, heads, dim = shape
+    want = (batch, heads, min(length, layer.sliding_window - 1) if slides else length, dim)
+    for name, tensor in (("keys", keys), ("values", values)):
+        if tensor.dim() != 4 or tensor.dtype != dtype or any(w is not None and w != got for w, got in zip(want, tensor.shape, strict=True)):
+            raise CacheFileError(f"{index}.{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {want}")
     layer.update(keys.to(device, copy=True), values.to(device, copy=True))
     if slides:
         layer.cumulative_length = length

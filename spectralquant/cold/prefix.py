@@ -47,7 +47,7 @@ def load_archived(path: Path, model: PreTrainedModel, archive: ArchiveModel, emp
     cache, archive, length = empty(), archive.to(device), found.token_ids.shape[1]
     with plain_arithmetic(device):
         try:
-            restore_others(cache, found.others, found.flags, (1, length), cache.device_of)
+            restore_others(cache, found.others, found.flags, (1, length), found.dtype, cache.device_of)
             for part, payload in zip(parts(length), found.payloads, strict=True):
                 _append(cache, found.dtype, decode_dense(archive, payload, len(part), part.start))
         except CacheFileError as error:
