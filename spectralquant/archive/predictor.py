@@ -49,6 +49,10 @@ Layers = Mapping[int, tuple[Tensor, Tensor]]
 """Layer index -> keys and values [H, T, D] of one sequence, keys at their rotary positions 0 .. T - 1."""
 
 
+_FLOATS = {torch.float32, torch.bfloat16, torch.float16}
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
+
 @dataclass(frozen=True, slots=True)
 class SideArchive:
     """K or V of one layer; N = H D, I inputs.
@@ -175,7 +179,7 @@ def load_archive(path: str | os.PathLike[str], profile: Profile) -> ArchiveModel
             names = [(f"layers.{i}.{name}", getattr(layer, name)) for name in ("key", "value")]
             key, value = (_read_side(target, tensors, name, side, known, int(step)) for (name, side), step in zip(names, steps[str(i)], strict=True))
             layers[i] = LayerArchive(key, value, layer.rotary, layer.value_norm)
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
         if isinstance(error, CacheFileError):
             raise
         raise CacheFileError(f"{target} is incomplete ({error}); fit it again") from error
@@ -189,6 +193,8 @@ def _read_side(path: Path, tensors: dict[str, Tensor], name: str, side: SideProf
     for part, got, want in (("predictor", predictor, (inputs, size)), ("basis", basis, (size, size)), ("level", level, (size,))):
         if tuple(got.shape) != want:
             raise CacheFileError(f"{path}: {name}.{part} has shape {tuple(got.shape)}, expected {want}; fit it again")
+    if not {predictor.dtype, basis.dtype} <= _FLOATS or level.dtype not in _INTEGERS:
+        raise CacheFileError(f"{path}: {name} is of {predictor.dtype}, {basis.dtype} and {level.dtype}, expected floats, floats and integers; fit it again")
     if abs(step) > 64 * OCTAVE or not (predictor.isfinite().all() and basis.isfinite().all()):
         raise CacheFileError(f"{path}: {name} holds numbers that are out of range; fit it again")
     return SideArchive(side.mean, *_roots(side), predictor.float(), basis.float(), level.long(), step)
