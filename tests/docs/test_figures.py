@@ -242,3 +242,26 @@ def test_table_of_loading_archives() -> None:
     for label, *cells in table[2:]:
         shown = [f"{c[names[label]] / 1e6:.1f} MB" if "bytes" in label else f"{c[names[label]]:.2f} s" for c in columns]
         assert cells == shown and all(c["tokens"] == 2048 for c in columns)
+
+
+def test_table_of_archives_of_three_models() -> None:
+    ((_, table),) = tables("docs/archive.md", "model | KL of `high`")
+    files = {"SmolLM2-135M": "smollm2", "Qwen2.5-Coder-1.5B": "qwen", "Gemma 3 270M": "gemma3"}
+    assert [row[0] for row in table[2:]] == list(files)
+    for model, high, *cells in table[2:]:
+        lines = {line["method"]: line for line in result(f"archive-{files[model]}")["summary"]}
+        assert high == f"{lines['high']['kl']:.4f}"
+        for rate, cell in zip((-4, 0, 4, 8), cells, strict=True):
+            archived, packed = lines[f"archive {rate}"], lines[f"archive {rate}, high"]
+            assert cell == f"{archived['ratio']:.1f}x, {archived['kl']:.4f}, {packed['kl']:.4f}"
+
+
+def test_table_of_loading_prefixes() -> None:
+    ((_, table),) = tables("docs/prefixes.md", "model | tokens | recompute")
+    names = ("prefix-smollm2-joint", "prefix-smollm2-h200", "prefix-qwen-h200", "prefix-qwen-h200")
+    assert len(table) == 2 + len(names)
+    timed = ("file_first_token_s", "store_first_token_s", "file_save_s", "store_save_s")
+    for name, (_, tokens, *cells) in zip(names, table[2:], strict=True):
+        row = next(row for row in result(name)["rows"] if f"{row['tokens']:,}" == tokens)
+        seconds = [f"{row['recompute_s']:.3g} s", *(f"{row[key]:.2g} s" for key in timed)]
+        assert cells == [*seconds, *(f"{row[key] / 1e6:.1f} MB" for key in ("file_bytes", "store_bytes", "fp16_bytes"))]
