@@ -18,8 +18,8 @@ RELEASES = ["4.56.2", "4.57.6", "5.0.0", "5.17.0", "newest"]
 SERVERS = ["0.29.0", "0.31.0", "0.32.0"]
 """Releases of vLLM that come as a package for CPUs, from the oldest that the plugin takes."""
 CONTRACT = [
-    "tests/cache/test_hf.py", "tests/attention/test_hf.py", "tests/attention/test_dispatch.py", "tests/generation", "tests/test_families.py",
-    "tests/integrations",
+    "tests/cache/test_file.py", "tests/cache/test_hf.py", "tests/attention/test_hf.py", "tests/attention/test_dispatch.py", "tests/generation",
+    "tests/integrations", "tests/test_families.py",
 ]  # fmt: skip
 OTHERS = ["--ignore=tests/generation/test_long.py", "--deselect=tests/generation/test_modes.py::test_compiled_models", "-m", "not real and not gpu"]
 """What takes long and differs little between releases: long texts, compilation, real models and kernels."""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from near_lossless import tokens
+from stored_texts import logits, read, work_with_evictions
 from tiny_models import TinyTokenizer, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,18 +30,6 @@ WINDOW = CacheConfig().window
 @pytest.fixture
 def store(tmp_path: Path) -> PrefixStore:
     return PrefixStore(tmp_path / "store")
-
-
-@torch.no_grad()
-def read(engine: SpectralQuantEngine, model: PreTrainedModel, ids: Tensor) -> SpectralCache:
-    cache = engine.cache(model)
-    model(ids, **cache_argument(model, cache))
-    return cache
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel, cache: SpectralCache, ids: Tensor) -> Tensor:
-    return model(ids, **cache_argument(model, cache.copy())).logits
 
 
 def whole(ids: Tensor) -> int:
@@ -291,26 +280,6 @@ def test_threads_share_one(engine: SpectralQuantEngine, llama: PreTrainedModel, 
     for thread in threads:
         thread.join()
     assert not errors and not store.verify() and store.usage.hits == 48
-
-
-def work_with_evictions(directory: Path, calibration: Path, seed: int, ready: Any) -> None:
-    """A process that saves, loads and evicts as others do."""
-    torch.set_num_threads(1)
-    engine, model = SpectralQuantEngine(), tiny_model("llama")
-    engine.load_calibration(calibration)
-    torch.manual_seed(7)
-    texts = [tokens(400 + 60 * i) for i in range(5)]
-    caches = [read(engine, model, ids) for ids in texts]
-    store, choose = PrefixStore(directory, 250_000), random.Random(seed)
-    ready.wait()
-    for _ in range(40):
-        i = choose.randrange(5)
-        if choose.random() < 0.5:
-            store.save(caches[i], texts[i])
-        other = engine.cache(model)
-        if store.load(other, texts[i]).exact:
-            more = torch.full((1, 1), 5)
-            assert torch.equal(logits(model, other, more), logits(model, caches[i], more))
 
 
 def test_processes_share_one(llama_calibration: Path, store: PrefixStore) -> None:
