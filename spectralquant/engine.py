@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from spectralquant import application, prompts
 from spectralquant.archive.predictor import ArchiveModel
 from spectralquant.attention.hf import register
-from spectralquant.cache.file import Identity
+from spectralquant.cache.file import Identity, dtype_name
 from spectralquant.cache.hf import SpectralCache, coded_layer_indices, layer_devices, model_device, read_dense
 from spectralquant.calibration.hf import collect, fingerprint, known_fingerprint, unwrapped, weights_digest
 from spectralquant.calibration_cache import digest_of, remembered
@@ -286,7 +286,7 @@ class SpectralQuantEngine:
         """
         self.apply_to(model)
         codecs = self.profile_codec(model)
-        identity = Identity(known_fingerprint(model)["weights"], str(model.dtype).removeprefix("torch."), self._codec_identity(model))
+        identity = Identity(known_fingerprint(model)["weights"], dtype_name(model.dtype), self._codec_identity(model))
         return SpectralCache(model.config, codecs, self.cache_config, identity, layer_devices(model))
 
     def profile_codec(self, model: PreTrainedModel | None = None) -> dict[int, LayerCodec]:

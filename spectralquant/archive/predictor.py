@@ -27,6 +27,7 @@ from spectralquant.errors import CacheFileError, CalibrationError, ShapeError
 from spectralquant.profile import NORM_FLOOR, Profile, SideProfile, differences
 from spectralquant.rope import Rotary
 from spectralquant.tensor_file import FileKind, update_digest, with_suffix
+from spectralquant.untrusted import parse_json
 
 OCTAVE = 8
 """Steps of a quantizer's step, and of the spread of a coordinate, to a factor of two."""
@@ -170,7 +171,7 @@ def load_archive(path: str | os.PathLike[str], profile: Profile) -> ArchiveModel
     target = with_suffix(path)
     tensors, header = _FILE.read(target)
     try:
-        depth, steps, model = int(header["depth"]), json.loads(header["steps"]), json.loads(header["model"])
+        depth, steps, model = int(header["depth"]), parse_json(header["steps"], "steps"), parse_json(header["model"], "model")
         if depth < 1 or differences(model, profile.model):
             raise CacheFileError(f"{target} was fitted for another model than the calibration; fit it again")
         layers: dict[int, LayerArchive] = {}
@@ -179,7 +180,7 @@ def load_archive(path: str | os.PathLike[str], profile: Profile) -> ArchiveModel
             names = [(f"layers.{i}.{name}", getattr(layer, name)) for name in ("key", "value")]
             key, value = (_read_side(target, tensors, name, side, known, int(step)) for (name, side), step in zip(names, steps[str(i)], strict=True))
             layers[i] = LayerArchive(key, value, layer.rotary, layer.value_norm)
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         if isinstance(error, CacheFileError):
             raise
         raise CacheFileError(f"{target} is incomplete ({error}); fit it again") from error

@@ -12,10 +12,18 @@ from spectralquant.cache.state import CacheState
 from spectralquant.config import CacheConfig, require_int
 from spectralquant.errors import CacheFileError, ConfigError
 from spectralquant.tensor_file import FileKind, Header
+from spectralquant.untrusted import members, parse_json
 
 CACHE_FILE = FileKind("spectralquant-cache", 1, "cache file", "save the cache again, or compute it from the text", CacheFileError)
 TOKEN_IDS = "token_ids"
-DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As files have it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+DTYPES = {dtype_name(t): t for t in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 SETTINGS = ("sinks", "window", "max_exact_share")
 """Fields of `CacheConfig` that the content of a cache depends on."""
 
@@ -92,7 +100,7 @@ def described(state: CacheState, config: CacheConfig, identity: Identity) -> Hea
         "model_dtype": identity.dtype,
         "calibration": identity.calibration,
         "settings": json.dumps({name: getattr(config, name) for name in SETTINGS}),
-        "dtype": str(state.dtype).removeprefix("torch."),
+        "dtype": dtype_name(state.dtype),
         "flags": json.dumps(state.flags),
     }
 
@@ -124,11 +132,12 @@ def read_flags(header: Header) -> dict[int, dict[str, int | None]]:
 
 
 def _parsed(header: Header, name: str) -> dict[str, Any]:
-    """JSON objects in the metadata."""
+    """A JSON object in the metadata."""
     try:
-        found = json.loads(header.get(name, ""))
-    except (ValueError, RecursionError) as error:
+        found = parse_json(header.get(name, ""), name)
+    except ValueError as error:
         raise CacheFileError(f"{name} in its header is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CacheFileError(f"{name} in its header is a {type(found).__name__}, expected an object")
-    return found
+    try:
+        return members(found, f"{name} in its header")
+    except ValueError as error:
+        raise CacheFileError(str(error)) from error

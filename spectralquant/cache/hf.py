@@ -70,10 +70,10 @@ class SpectralCache(DynamicCache):
 
     def device_of(self, index: int) -> torch.device:
         """Where a layer runs."""
-        nearest = min((i for i, layer in enumerate(self.layers) if isinstance(layer, SpectralLayer)), key=lambda i: abs(i - index))
-        layer = self.layers[nearest]
-        assert isinstance(layer, SpectralLayer)
-        return self._devices.get(index, layer.codec.value_norm.device)
+        if index in self._devices:
+            return self._devices[index]
+        coded = {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, SpectralLayer)}
+        return coded[min(coded, key=lambda i: abs(i - index))].codec.value_norm.device
 
     @torch.compiler.disable
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spectralquant.cache.file import DTYPES, TOKEN_IDS, read_dtype, read_flags, require_model
+from spectralquant.cache.file import TOKEN_IDS, dtype_name, read_dtype, read_flags, require_model
 from spectralquant.cache.state import CacheState, Flags, Tensors
 from spectralquant.errors import CacheFileError, ConfigError
 from spectralquant.tensor_file import FileKind
@@ -51,7 +51,7 @@ class Archived:
         held = CacheState({}, self.others).tensors()
         payloads = {f"payload.{k}": payload for k, payload in enumerate(self.payloads)}
         header = {"weights": made.weights, "model_dtype": made.dtype, "archive": made.archive, "flags": json.dumps(self.flags)}
-        header["dtype"] = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        header["dtype"] = dtype_name(self.dtype)
         ARCHIVE_FILE.write(path, {TOKEN_IDS: self.token_ids, **payloads, **held}, header)
 
     @classmethod

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from spectralquant.archive.codec import decode_dense, encode_dense
 from spectralquant.archive.predictor import ArchiveModel
+from spectralquant.cache.file import dtype_name
 from spectralquant.cache.hf import SpectralCache, layer_tensors, model_device, read_dense
 from spectralquant.cache.state import capture_others, require_savable, restore_others
 from spectralquant.calibration.hf import known_fingerprint
@@ -79,4 +80,4 @@ def made_with(model: PreTrainedModel, archive: ArchiveModel) -> Made:
     wrong = differences(archive.model, known)
     if wrong:
         raise ConfigError(f"archive was fitted for another model than this {type(model).__name__} ({', '.join(wrong)} differ); call fit_archive for this one")
-    return Made(known["weights"], str(model.dtype).removeprefix("torch."), archive.digest)
+    return Made(known["weights"], dtype_name(model.dtype), archive.digest)

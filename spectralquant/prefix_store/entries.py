@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spectralquant.archive.lossless import pack_records, unpack_records
-from spectralquant.cache.file import TOKEN_IDS, read_dtype, read_flags
+from spectralquant.cache.file import TOKEN_IDS, dtype_name, read_dtype, read_flags
 from spectralquant.cache.segment_state import SegmentState
 from spectralquant.cache.state import CacheState
 from spectralquant.codec.layout import UNIT, RecordLayout
@@ -206,8 +206,7 @@ class Tail:
     def write(self, path: Path, before: str) -> None:
         """Write it; `before` is the name of the block in front."""
         header = {"kind": TAIL, "before": before, "units": str(self.units), "seconds": repr(self.seconds), "flags": json.dumps(self.state.flags)}
-        dtype = str(self.state.dtype).removeprefix("torch.")
-        ENTRY_FILE.write(path, {**self.state.tensors(), TOKEN_IDS: self.token_ids}, {**header, "dtype": dtype}, durable=False)
+        ENTRY_FILE.write(path, {**self.state.tensors(), TOKEN_IDS: self.token_ids}, {**header, "dtype": dtype_name(self.state.dtype)}, durable=False)
 
     @classmethod
     def read(cls, path: Path) -> "Tail":

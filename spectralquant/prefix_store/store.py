@@ -134,13 +134,13 @@ class PrefixStore:
         blocks = self._read_blocks(shape, ids, found)
         tail = self._read_tail(found, ids) if len(blocks) == len(found.blocks) else None
         whole = tail is not None and self._restore(cache, shape, blocks, tail, found.tail)
-        window = len(blocks) if whole else min(len(blocks), shape.packed_of(len(ids)))
-        if not whole and window:
-            self._restore(cache, shape, blocks[:window], None, found.blocks[0])
+        taken = len(blocks) if whole else min(len(blocks), shape.packed_of(len(ids)))
+        if not whole and taken:
+            self._restore(cache, shape, blocks[:taken], None, found.blocks[0])
         held = cache.get_seq_length()
         if held:
             self._touch([*found.blocks[: len(blocks)], *([found.tail] if whole and found.tail else [])])
-        made = sum(block.seconds for block in blocks[:window]) + (tail.seconds if tail is not None and whole else 0.0)
+        made = sum(block.seconds for block in blocks[:taken]) + (tail.seconds if tail is not None and whole else 0.0)
         hit = Hit(held, whole, made if held else 0.0, time.perf_counter() - began)
         self._count(hit)
         return hit

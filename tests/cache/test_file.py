@@ -1,15 +1,12 @@
 """A cache as a file: what comes back is what went in, and what doesn't fit is refused. Families: tests/test_families.py."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from damaged_files import Change, require_damage_found, rewrite
 from near_lossless import tokens
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tiny_models import TinyTokenizer, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,9 +15,6 @@ from spectralquant import SpectralCache, SpectralQuant, SpectralQuantEngine
 from spectralquant.compat import cache_argument
 from spectralquant.config import CacheConfig
 from spectralquant.errors import CacheFileError, ConfigError
-from spectralquant.tensor_file import checksum
-
-Header = dict[str, str]
 
 
 @torch.no_grad()
@@ -36,15 +30,6 @@ def following(model: PreTrainedModel, cache: SpectralCache, batch: int = 1) -> T
     torch.manual_seed(5)
     cache, more = cache.copy(), tokens(300, batch)
     return torch.cat([model(piece, **cache_argument(model, cache)).logits for piece in more.split([1, 1, 130, 168], 1)], 1)
-
-
-def rewrite(path: Path, change: Callable[[dict[str, Tensor], Header], Any]) -> None:
-    """Change a file as one would who knows the format: with a checksum that is right."""
-    with safe_open(path, "pt") as file:
-        tensors, header = {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata()  # noqa: SIM118
-    change(tensors, header)
-    header["checksum"] = checksum(tensors, header)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path, header)
 
 
 @pytest.mark.parametrize("length", [1, 5, 128, 255, 256, 384, 700])
@@ -157,21 +142,13 @@ def test_what_cannot_be_saved_is_refused(engine: SpectralQuantEngine, llama: Pre
 
 def test_damage_is_found(engine: SpectralQuantEngine, llama: PreTrainedModel, tmp_path: Path) -> None:
     path = filled(engine, llama, 600).save(tmp_path / "cache")
-    whole = path.read_bytes()
-    for at in range(8, len(whole), len(whole) // 200):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
-        with pytest.raises(CacheFileError):
-            SpectralCache.load(path, llama, engine)
-        path.write_bytes(whole[:at])
-        with pytest.raises(CacheFileError):
-            SpectralCache.load(path, llama, engine)
-    path.write_bytes(whole)
+    require_damage_found(path, lambda: SpectralCache.load(path, llama, engine))
     assert SpectralCache.load(path, llama, engine).get_seq_length() == 600
     with pytest.raises(CacheFileError, match=r"nothing\.safetensors does not exist"):
         SpectralCache.load(tmp_path / "nothing", llama, engine)
 
 
-BAD: dict[str, tuple[Callable[[dict[str, Tensor], Header], Any], str]] = {
+BAD: dict[str, tuple[Change, str]] = {
     "a layer is missing": (lambda t, h: [t.pop(name) for name in list(t) if name.startswith("1.")], r"layers \[0, 2\] are packed"),
     "a part is missing": (lambda t, h: t.pop("1.start"), "incomplete"),
     "a name is no layer's": (lambda t, h: t.update({"x.start": torch.zeros(1)}), "names no layer"),

@@ -1,15 +1,14 @@
 """A prefix as an archive: what comes back answers as the packed prefix does, and what doesn't fit is refused. Families: tests/test_families.py."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from damaged_files import Change, require_damage_found, rewrite
 from near_lossless import relative, tokens
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tiny_models import TinyTokenizer, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,9 +19,7 @@ from spectralquant.cache.state import capture_cache
 from spectralquant.cold import file
 from spectralquant.compat import cache_argument
 from spectralquant.errors import CacheFileError, ConfigError
-from spectralquant.tensor_file import checksum
 
-Header = dict[str, str]
 LENGTH, FINEST = 700, -64
 
 
@@ -56,15 +53,6 @@ def following(model: PreTrainedModel, cache: Any) -> Tensor:
 def archived(engine: SpectralQuantEngine, model: PreTrainedModel, archive: ArchiveModel, path: Path, length: int = LENGTH, rate: int = -4) -> Path:
     torch.manual_seed(0)
     return engine.archive_prefix(model, TinyTokenizer(), tokens(length), path, archive, rate)["path"]
-
-
-def rewrite(path: Path, change: Callable[[dict[str, Tensor], Header], Any]) -> None:
-    """Change a file as one would who knows the format: with a checksum that is right."""
-    with safe_open(path, "pt") as opened:
-        tensors, header = {name: opened.get_tensor(name).clone() for name in opened.keys()}, opened.metadata()  # noqa: SIM118
-    change(tensors, header)
-    header["checksum"] = checksum(tensors, header)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path, header)
 
 
 def require_near(model: PreTrainedModel, engine: SpectralQuantEngine, archive: ArchiveModel, path: Path) -> None:
@@ -200,15 +188,7 @@ def test_what_can_not_be_archived_is_refused(engine: SpectralQuantEngine, llama:
 
 def test_damage_is_found(engine: SpectralQuantEngine, llama: PreTrainedModel, archive: ArchiveModel, tmp_path: Path) -> None:
     path = archived(engine, llama, archive, tmp_path / "a", 300)
-    whole = path.read_bytes()
-    for at in range(8, len(whole), len(whole) // 200):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
-        with pytest.raises(CacheFileError):
-            engine.load_archived(path, llama, archive)
-        path.write_bytes(whole[:at])
-        with pytest.raises(CacheFileError):
-            engine.load_archived(path, llama, archive)
-    path.write_bytes(whole)
+    require_damage_found(path, lambda: engine.load_archived(path, llama, archive))
     assert engine.load_archived(path, llama, archive).get_seq_length() == 300
 
 
@@ -232,7 +212,7 @@ def test_damage_under_a_right_checksum_is_an_error_or_other_numbers(gemma2: tupl
     assert outcomes == {"refused", "loaded"}
 
 
-BAD: dict[str, tuple[Callable[[dict[str, Tensor], Header], Any], str]] = {
+BAD: dict[str, tuple[Change, str]] = {
     "no payload": (lambda t, h: t.pop("payload.0"), "payload.0 is missing"),
     "a payload of numbers": (lambda t, h: t.update({"payload.0": t["payload.0"].float()}), "payload.0 is missing or no row of bytes"),
     "a payload of two dimensions": (lambda t, h: t.update({"payload.0": t["payload.0"][None]}), "no row of bytes"),
