@@ -19,7 +19,7 @@ from spectralquant import application, prompts
 from spectralquant.archive.predictor import ArchiveModel
 from spectralquant.attention.hf import register
 from spectralquant.cache.file import Identity, dtype_name
-from spectralquant.cache.hf import SpectralCache, coded_layer_indices, layer_devices, model_device, read_dense
+from spectralquant.cache.hf import SpectralCache, coded_layer_indices, kv_size, layer_devices, model_device, read_dense
 from spectralquant.calibration.hf import collect, fingerprint, known_fingerprint, unwrapped, weights_digest
 from spectralquant.calibration_cache import digest_of, remembered
 from spectralquant.clock import GenerationClock
@@ -29,7 +29,7 @@ from spectralquant.codec.identity import codec_identity
 from spectralquant.codec.quantizer import QUANTIZERS
 from spectralquant.cold.fit import FIT_TOKENS, fit
 from spectralquant.cold.prefix import archive_prefix, load_archived
-from spectralquant.compat import cache_argument, last_logits, layer_config
+from spectralquant.compat import cache_argument, last_logits
 from spectralquant.config import CacheConfig, Dials, require_int
 from spectralquant.corpus import Samples, make_samples, token_budget
 from spectralquant.errors import CalibrationError, ConfigError, ShapeError, UnsupportedModelError
@@ -235,10 +235,8 @@ class SpectralQuantEngine:
 
     def _check_model(self, model: PreTrainedModel) -> None:
         """Raise what speaks against `model`, as far as its configuration tells."""
-        text = model.config.get_text_config(decoder=True)
         for index in coded_layer_indices(model):
-            layer = layer_config(text, index)
-            dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+            _, dim = kv_size(model.config, index)
             if self.head_dim is not None and self.head_dim != dim:
                 raise ShapeError(f"head_dim={self.head_dim} was asked for, the model's heads have {dim}; leave head_dim out")
             try:

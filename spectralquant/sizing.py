@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from spectralquant.cache.hf import coded_layer_indices
+from spectralquant.cache.hf import coded_layer_indices, kv_size
 from spectralquant.codec.budget import exact_bounds, plane_counts
 from spectralquant.codec.layout import RecordLayout
-from spectralquant.compat import layer_config
 from spectralquant.config import CacheConfig, Dials
 from spectralquant.memory import LayerSize, MemoryPlan, Planner, largest, sliding_windows
 from spectralquant.presets import CompressionPreset
@@ -89,11 +88,9 @@ def planner_for(model: PreTrainedModel, preset: CompressionPreset, element_bytes
 
 def nominal_profile(model: PreTrainedModel, coded: list[int]) -> Profile:
     """A profile with the shapes of `model`, whose layers `coded` are packed, and no content."""
-    text, layers = model.config.get_text_config(decoder=True), {}
+    layers: dict[int, LayerProfile] = {}
     for index in coded:
-        layer = layer_config(text, index)
-        heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
-        dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        heads, dim = kv_size(model.config, index)
         empty = torch.empty(heads, dim, device="meta")
         side = SideProfile(empty, torch.empty(heads, dim, dim, device="meta"), empty)
         layers[index] = LayerProfile(side, side, torch.empty(heads, device="meta"), 1.0)

@@ -59,7 +59,7 @@ class SpectralCache(DynamicCache):
         Cache.__init__(self, layers=[coded_layer(layer, codecs[i], config) if i in codecs else layer for i, layer in enumerate(layers)])
         self.identity = identity
         self._devices = {} if devices is None else devices
-        self.window_sizes: dict[int, tuple[int, int]] = {i: _kv_size(model_config, i) for i, layer in enumerate(layers) if getattr(layer, "is_sliding", False)}
+        self.window_sizes: dict[int, tuple[int, int]] = {i: kv_size(model_config, i) for i, layer in enumerate(layers) if getattr(layer, "is_sliding", False)}
         self.prefix_ids: Tensor | None = None
         self.decode_report: Any = None
         self._behind: SpectralLayer | None = None  # whose update came last
@@ -262,7 +262,8 @@ def dense_layers(model_config: PretrainedConfig) -> list[Any]:
     return layers if layers else [DynamicLayer() for _ in range(count)]
 
 
-def _kv_size(model_config: PretrainedConfig, index: int) -> tuple[int, int]:
+def kv_size(model_config: PretrainedConfig, index: int) -> tuple[int, int]:
+    """KV heads of a layer and their size, as far as the configuration tells."""
     layer = layer_config(model_config.get_text_config(decoder=True), index)
     heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
     return heads, getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
