@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+from packaging.version import Version
 from torch import Tensor
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, __version__, cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
@@ -38,6 +39,9 @@ def fitted_mask(mask: Tensor | None, keys: int) -> Tensor | None:
 
 ASSISTED_READS_ALL = "next_sequence_length" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters  # pyright: ignore
 """Whether assisted decoding puts the whole text behind what a cache holds of it, with any cache: since `generate` tells a model how many tokens are new."""
+
+PIECES_READ_ALL = Version(__version__) < Version("5.23")
+"""Whether `prefill_chunk_size` puts the whole text behind what a cache holds of it, with any cache."""
 
 UNCROPPABLE = (NotImplementedError, RuntimeError, ValueError)
 """What layers of transformers raise that can't be cropped; ValueError before 5.15."""

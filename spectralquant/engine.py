@@ -33,7 +33,7 @@ from spectralquant.compat import cache_argument, last_logits
 from spectralquant.config import CacheConfig, Dials, require_int
 from spectralquant.corpus import Samples, make_samples, token_budget
 from spectralquant.errors import CalibrationError, ConfigError, ShapeError, UnsupportedModelError
-from spectralquant.generation_options import sequences_each
+from spectralquant.generation_options import prefill_piece, sequences_each
 from spectralquant.memory import ForwardCost, MemoryPlan, Planner, bounded_memory, measure_forward
 from spectralquant.original_format import load_original, original_pair
 from spectralquant.prefix_store.store import PrefixStore
@@ -355,7 +355,8 @@ class SpectralQuantEngine:
             sequences, clock = inputs.ids, GenerationClock(cache, model_device(model))
             if count:
                 if use is not None:
-                    use.read_prompt(model, rows, generation.get("prefill_chunk_size"))
+                    use.read_prompt(model, rows, prefill_piece(model, generation))
+                    generation["prefill_chunk_size"] = None  # one token is left
                 generation = clock.watched(prompts.with_pad_token(model, tokenizer, generation))
                 out = model.generate(input_ids=inputs.ids, attention_mask=inputs.mask, max_new_tokens=count, **cache_argument(model, cache), **generation)
                 sequences = getattr(out, "sequences", out)

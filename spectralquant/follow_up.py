@@ -3,8 +3,8 @@
 transformers takes a non-empty cache to hold the first tokens of `input_ids` and slices them off. A user who compressed a document
 once wants to pass a question alone, several times. So on a model that an engine was applied to, `generate` puts the prefix in front
 when it is missing, hands transformers a copy of the cache, and takes the prefix off the result. A call that fails leaves the cache
-as it found it. Assisted decoding, which goes on from no cache in some releases (what it gives then is wrong, without a word), finds the cache empty. Everything
-else passes through.
+as it found it. Assisted decoding and prompts in pieces go on from no cache in some releases (what they give then is wrong, without a word): the one finds the
+cache empty, the other reads its text at once. Everything else passes through.
 """
 
 import logging
@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from spectralquant.cache.hf import SpectralCache
 from spectralquant.calibration.hf import known_fingerprint
-from spectralquant.compat import ASSISTED_READS_ALL, CACHE_ARGUMENTS, INSTALLED, cache_argument
+from spectralquant.compat import ASSISTED_READS_ALL, CACHE_ARGUMENTS, INSTALLED, PIECES_READ_ALL, cache_argument
 from spectralquant.decode_graph import graphed_steps
 from spectralquant.errors import ConfigError
-from spectralquant.generation_options import finishing_tokens, is_assisted, last_length, sequences_each
+from spectralquant.generation_options import finishing_tokens, is_assisted, last_length, prefill_piece, sequences_each
 
 _log = logging.getLogger("spectralquant")
 
@@ -66,6 +66,9 @@ class Generate:
             cache.reset()
             if kwargs.get("attention_mask") is not None:
                 cache.set_padding(kwargs["attention_mask"])
+        if PIECES_READ_ALL and cache.get_seq_length() and prefill_piece(self.model, options):
+            _log.warning("prefill_chunk_size of %s can't go on from a cache; what comes behind the cache is read at once", INSTALLED)
+            kwargs["prefill_chunk_size"] = None
         cache.expect(last_length(self.model, options, ids.shape[1]) if isinstance(ids, Tensor) else None)
         try:
             with graphed_steps(self.model, cache, finishing_tokens(self.model, options)):

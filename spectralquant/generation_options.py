@@ -23,6 +23,14 @@ def is_assisted(model: Any, generation: dict[str, Any]) -> bool:
     return any(config.get(name) for config in configs for name in _ASSISTED)
 
 
+def prefill_piece(model: Any, generation: dict[str, Any]) -> int | None:
+    """Tokens of a prompt that go through the model at a time; None: all."""
+    if "prefill_chunk_size" in generation:
+        return generation["prefill_chunk_size"]
+    configs = (vars(generation.get("generation_config") or model.generation_config), vars(model.generation_config))
+    return next((config["prefill_chunk_size"] for config in configs if config.get("prefill_chunk_size")), None)
+
+
 def finishing_tokens(model: Any, generation: dict[str, Any]) -> tuple[int, ...]:
     """Ids of tokens that finish a row for sure: those of greedy search and sampling, where nothing but its own end makes a row stop before the others."""
     if any(generation.get(name) for name in _OTHER_SEARCH) or _number(model, generation, "num_beams") > 1:

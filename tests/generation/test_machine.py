@@ -44,8 +44,10 @@ class GenerateMachine(RuleBasedStateMachine):
     @rule(question=st.one_of(st.integers(1, 8), st.integers(1, 300)), new=st.integers(1, 20), way=WAYS)
     def turn(self, question: int, new: int, way: dict[str, int]) -> None:
         asked = torch.cat([self.text, tokens(question, self.rows)], 1)
-        out = self.pair.generate(asked, self.cache, max_new_tokens=new, **({} if self.rows > 1 and "prompt_lookup_num_tokens" in way else way))
-        assert torch.equal(out[:, : asked.shape[1]], asked) and out.shape[1] == asked.shape[1] + new
+        way = {} if self.rows > 1 and "prompt_lookup_num_tokens" in way else way
+        out = self.pair.generate(asked, self.cache, max_new_tokens=new, **way)
+        beyond = out.shape[1] - asked.shape[1] - new  # some releases take all candidates that were right, with any cache
+        assert torch.equal(out[:, : asked.shape[1]], asked) and 0 <= beyond <= way.get("prompt_lookup_num_tokens", 0)
         self.pair.require_greedy(out, asked.shape[1])
         self.say(out)
 

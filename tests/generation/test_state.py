@@ -13,7 +13,7 @@ from tiny_models import TinyTokenizer, tiny_model
 from transformers import GenerationConfig, StoppingCriteria
 
 from spectralquant.cache.hf import SpectralCache
-from spectralquant.compat import ASSISTED_READS_ALL, UNCROPPABLE
+from spectralquant.compat import ASSISTED_READS_ALL, PIECES_READ_ALL, UNCROPPABLE
 from spectralquant.errors import ConfigError, ShapeError
 
 
@@ -105,6 +105,21 @@ def test_assisted_turns(llama_pair: Pair, how: str, caplog: pytest.LogCaptureFix
         llama_pair.require_greedy(text, width)
         assert cache.get_seq_length() == text.shape[1] - 1
     assert ("read anew" in caplog.text) == ASSISTED_READS_ALL
+
+
+@pytest.mark.parametrize(
+    "options", [{"prefill_chunk_size": 50}, {"generation_config": GenerationConfig(prefill_chunk_size=50)}], ids=["option", "configuration"]
+)
+def test_turns_in_pieces(llama_pair: Pair, options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Releases that begin the pieces with the text that the cache holds gave other tokens than the model."""
+    cache, text = llama_pair.cache(), tokens(200)
+    for question in (0, 90, 120):
+        text = torch.cat([text, tokens(question)], 1)
+        width = text.shape[1]
+        text = llama_pair.generate(text, cache, **options)
+        llama_pair.require_greedy(text, width)
+        assert cache.get_seq_length() == text.shape[1] - 1
+    assert ("read at once" in caplog.text) == PIECES_READ_ALL
 
 
 def test_prefix_with_the_whole_text_alone(pair: Pair) -> None:
