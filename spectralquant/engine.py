@@ -20,6 +20,7 @@ from spectralquant.archive.predictor import ArchiveModel
 from spectralquant.attention.hf import register
 from spectralquant.cache.file import Identity, dtype_name
 from spectralquant.cache.hf import SpectralCache, coded_layer_indices, kv_size, layer_devices, model_device, read_dense
+from spectralquant.cache_figures import cache_figures, calibration_figures, how_decoded
 from spectralquant.calibration.hf import collect, fingerprint, known_fingerprint, unwrapped, weights_digest
 from spectralquant.calibration_cache import digest_of, remembered
 from spectralquant.clock import GenerationClock
@@ -367,7 +368,7 @@ class SpectralQuantEngine:
         tokens = [prompts.strip_padding(row, tokenizer) for row in new]
         texts = [tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
         made = sum(len(t) for t in tokens)
-        stats = self._last_stats = {**self._stats(cache, made, times.seconds), **times.stats(made - len(tokens)), **_how_decoded(cache)}
+        stats = self._last_stats = {**cache_figures(cache, self.preset, made, times.seconds), **times.stats(made - len(tokens)), **how_decoded(cache)}
         if use is not None:
             stats["store"] = use.stats()
         batch = inputs.batched or len(texts) > 1
@@ -423,7 +424,7 @@ class SpectralQuantEngine:
         with torch.no_grad():
             logits = model(input_ids=rest, use_cache=True, **cache_argument(model, cache), **last_logits(model)).logits[:, -1]
         cache.prefix_ids = inputs.ids
-        stats = self._last_stats = self._stats(cache, 0, time.perf_counter() - began)
+        stats = self._last_stats = cache_figures(cache, self.preset, 0, time.perf_counter() - began)
         if use is not None:
             use.end(inputs.ids)
             stats["store"] = use.stats()
@@ -517,42 +518,9 @@ class SpectralQuantEngine:
         base = {"preset": self.preset.name, "expected_ratio": self.preset.ratio}
         if self._latest is None:
             return {**base, "calibrated": False}
-        profile = self._profile()
         layout = next(iter(self.profile_codec().values())).layout
-        layers = profile.layers.values()
-        heads = sum(layer.heads for layer in layers)
-        exact = profile.exact_share * 2
-        dense = sum(4 * layer.heads * layer.head_dim for layer in layers)
-        key = sum(layer.heads * (layout.key_planes / 4 + 1 + exact * layer.head_dim) for layer in layers)
-        value = sum(layer.heads * (layout.value_planes / 4 + 1 + exact * layer.head_dim) for layer in layers)
-        live = self._last_stats if past_key_values is None else self._stats(past_key_values, 0, 0.0)
-        return {
-            **base, "calibrated": True, "fp16_bytes_per_token": dense, "sq_key_bytes": key, "sq_val_bytes": value,
-            "sq_ratio": dense / (key + value), "d_eff": spectrum_summary(profile, self.preset)["d_eff_mean"], "n_heads": heads, **live,
-        }  # fmt: skip
-
-    def _stats(self, cache: SpectralCache, new_tokens: int, seconds: float) -> dict[str, Any]:
-        segments = [layer.segment for layer in cache.coded_layers if layer.segment is not None]
-        held, codec = cache.nbytes, cache.codec_bytes
-        return {
-            "seq_len": cache.get_seq_length(),
-            "n_layers": len(cache.coded_layers),
-            "n_kv_heads": segments[0].recent_keys.shape[1] if segments else 0,
-            "fp16_bytes": cache.dense_bytes,
-            "compressed_bytes": held,
-            "ratio": cache.dense_bytes / held if held else 0.0,
-            "codec_bytes": codec,
-            "ratio_with_codec": cache.dense_bytes / (held + codec) if held + codec else 0.0,
-            "new_tokens": new_tokens,
-            "seconds": seconds,
-            "tokens_per_second": new_tokens / seconds if seconds else 0.0,
-            "preset": self.preset.name,
-        }
-
-
-def _how_decoded(cache: SpectralCache) -> dict[str, Any]:
-    report = cache.decode_report
-    return {} if report is None else {"decode_mode": report.mode, "decode_reason": report.reason, "decode_replays": report.replays}
+        live = self._last_stats if past_key_values is None else cache_figures(past_key_values, self.preset, 0, 0.0)
+        return {**base, "calibrated": True, **calibration_figures(self._profile(), layout, self.preset), **live}
 
 
 def _advance(bar: Any) -> Callable[[int], None]:

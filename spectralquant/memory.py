@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from spectralquant.attention.tiles import TILE_TOKENS
 from spectralquant.byte_counts import parse_bytes, told_bytes
 from spectralquant.cache.exact import EARLY
+from spectralquant.cache.growth import EXACT_AHEAD, grown_units
 from spectralquant.cache.hf import SpectralCache, dense_layers, storage_bytes
-from spectralquant.cache.segment import EXACT_AHEAD, grown_units
 from spectralquant.codec.codec import LayerCodec, codec_nbytes
 from spectralquant.codec.layout import UNIT
 from spectralquant.compat import cache_argument, last_logits

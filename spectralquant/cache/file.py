@@ -12,7 +12,7 @@ from spectralquant.cache.state import CacheState
 from spectralquant.config import CacheConfig, require_int
 from spectralquant.errors import CacheFileError, ConfigError
 from spectralquant.tensor_file import FileKind, Header
-from spectralquant.untrusted import members, parse_json
+from spectralquant.untrusted import members, parse_json, shown
 
 CACHE_FILE = FileKind("spectralquant-cache", 1, "cache file", "save the cache again, or compute it from the text", CacheFileError)
 TOKEN_IDS = "token_ids"
@@ -47,7 +47,7 @@ class Identity:
         require_model(path, header, self.weights, self.dtype)
         if header.get("calibration") != self.calibration:
             raise CacheFileError(
-                f"{path} was made with another calibration, preset or quantizer ({header.get('calibration')}, here {self.calibration}); "
+                f"{path} was made with another calibration, preset or quantizer ({shown(header.get('calibration'))}, here {self.calibration}); "
                 "use the engine settings and the calibration file that it was made with"
             )
 
@@ -55,9 +55,9 @@ class Identity:
 def require_model(path: Path, header: Header, weights: str, dtype: str) -> None:
     """Raise CacheFileError unless the file was made with the model of fingerprint `weights` in `dtype`."""
     if header.get("weights") != weights:
-        raise CacheFileError(f"{path} was made with another model (weights {header.get('weights')}, here {weights}); load that model")
+        raise CacheFileError(f"{path} was made with another model (weights {shown(header.get('weights'))}, here {weights}); load that model")
     if header.get("model_dtype") != dtype:
-        raise CacheFileError(f"{path} was made with the model in {header.get('model_dtype')}, here it is in {dtype}; load the model as it was")
+        raise CacheFileError(f"{path} was made with the model in {shown(header.get('model_dtype'))}, here it is in {dtype}; load the model as it was")
 
 
 def write_cache(path: Path, state: CacheState, token_ids: Tensor | None, config: CacheConfig, identity: Identity) -> None:
@@ -108,7 +108,7 @@ def described(state: CacheState, config: CacheConfig, identity: Identity) -> Hea
 def read_dtype(header: Header) -> torch.dtype:
     """The model's dtype."""
     if header.get("dtype") not in DTYPES:
-        raise CacheFileError(f"dtype is {header.get('dtype')!r}, expected one of {', '.join(DTYPES)}")
+        raise CacheFileError(f"dtype is {shown(header.get('dtype'))}, expected one of {', '.join(DTYPES)}")
     return DTYPES[header["dtype"]]
 
 
@@ -116,7 +116,7 @@ def read_config(header: Header, config: CacheConfig) -> CacheConfig:
     """`config` with the settings in the metadata."""
     settings = _parsed(header, "settings")
     if settings.keys() != set(SETTINGS) or not isinstance(settings["max_exact_share"], (int, float)):
-        raise CacheFileError(f"settings are {sorted(settings)}, expected numbers for {', '.join(SETTINGS)}")
+        raise CacheFileError(f"settings are {shown(sorted(settings))}, expected numbers for {', '.join(SETTINGS)}")
     return replace(config, **settings)
 
 

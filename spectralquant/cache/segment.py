@@ -34,6 +34,7 @@ from torch import Tensor
 from spectralquant.backend import choose_for_feature, resolve_backend
 from spectralquant.cache import exact, exact_cuda
 from spectralquant.cache.append_cuda import append_token
+from spectralquant.cache.growth import EXACT_AHEAD, grown, grown_units
 from spectralquant.codec.codec import LayerCodec
 from spectralquant.codec.layout import UNIT
 from spectralquant.codec.packed import PackedKV, plain_arithmetic
@@ -49,8 +50,6 @@ _OWN = ("records", "recent_keys", "recent_values", "start", "lengths", "secondar
 """Tensors [B, ...] of a segment that nobody else writes to."""
 CANDIDATES = 128
 """Tokens of assisted decoding that may be refused at once without a trace in the cache. The window's buffer grows by as many when that many come."""
-EXACT_AHEAD = 5
-"""Exact tokens that a unit may bring (`max_exact_share` of 128)."""
 
 
 class Segment:
@@ -215,7 +214,7 @@ class Segment:
     def reserve_window(self, need: int) -> None:
         """Make room for `need` tokens in the window."""
         if need > self.recent_keys.shape[2]:
-            self.recent_keys, self.recent_values = (_grow(t, 2, self._window_room, fill=0) for t in (self.recent_keys, self.recent_values))
+            self.recent_keys, self.recent_values = (grown(t, 2, self._window_room, fill=0) for t in (self.recent_keys, self.recent_values))
             self.move = next(_moves)
 
     @property
@@ -400,7 +399,7 @@ class Segment:
         have = self.records.shape[2]
         if need > have:
             size = grown_units(have, need, self.ahead, None if self.expected is None else self.expected - self._shared_units * UNIT)
-            self.records = _grow(self.records, 2, size)
+            self.records = grown(self.records, 2, size)
             self.move = next(_moves)
         return need > have
 
@@ -410,9 +409,9 @@ class Segment:
         if need > have:
             size = max(need + self.ahead * EXACT_AHEAD, have + have // 8)
             with self.all_or_nothing():
-                self.exact_slots = _grow(self.exact_slots, 1, size, fill=-1)
-                self.exact_keys = _grow(self.exact_keys, 2, size, fill=0)
-                self.exact_values = _grow(self.exact_values, 2, size, fill=0)
+                self.exact_slots = grown(self.exact_slots, 1, size, fill=-1)
+                self.exact_keys = grown(self.exact_keys, 2, size, fill=0)
+                self.exact_values = grown(self.exact_values, 2, size, fill=0)
                 self.exact_move = next(_moves)
 
     def crop(self, length: int) -> None:
@@ -500,19 +499,3 @@ def use_kernels(codec: LayerCodec, config: CacheConfig, device: torch.device) ->
             raise BackendError("backend='cuda' can't be used: quantizer='lloyd-max' has levels that no kernel reads; use 'joint' or 'uniform'")
         return False
     return choice.name == "cuda"
-
-
-def grown_units(have: int, need: int, ahead: int, expected: int | None) -> int:
-    """Units that a store with room for `have` gets room for when it needs `need`; see `Segment.ahead` and `expected`."""
-    more = have + have // 8
-    return max(need + ahead, more if expected is None else min(more, expected // UNIT))
-
-
-def _grow(tensor: Tensor, dim: int, size: int, fill: int | None = None) -> Tensor:
-    """`tensor` with more room along `dim`; `fill`: what it is filled with, None for nothing."""
-    shape, have = list(tensor.shape), tensor.shape[dim]
-    shape[dim] = size
-    out = tensor.new_empty(shape) if fill is None else tensor.new_full(shape, fill)
-    if have:
-        out.narrow(dim, 0, have).copy_(tensor)
-    return out

@@ -14,6 +14,7 @@ from spectralquant.cache.file import TOKEN_IDS, dtype_name, read_dtype, read_fla
 from spectralquant.cache.state import CacheState, Flags, Tensors
 from spectralquant.errors import CacheFileError, ConfigError
 from spectralquant.tensor_file import FileKind
+from spectralquant.untrusted import shown
 
 ARCHIVE_FILE = FileKind("spectralquant-archive", 1, "archive of a prefix", "archive the prefix again", CacheFileError)
 PART = 4096
@@ -65,7 +66,7 @@ class Archived:
         require_model(path, header, made.weights, made.dtype)
         if header.get("archive") != made.archive:
             raise CacheFileError(
-                f"{path} was made with another archive model ({header.get('archive')}, here {made.archive}); load the file and calibration of that one"
+                f"{path} was made with another archive model ({shown(header.get('archive'))}, here {made.archive}); load the file and calibration of that one"
             )
         try:
             ids = _token_ids(tensors)

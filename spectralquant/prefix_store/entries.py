@@ -21,6 +21,7 @@ from spectralquant.cache.state import CacheState
 from spectralquant.codec.layout import UNIT, RecordLayout
 from spectralquant.errors import CacheFileError
 from spectralquant.tensor_file import FileKind
+from spectralquant.untrusted import shown
 
 ENTRY_FILE = FileKind("spectralquant-prefix", 1, "entry of a prefix store", "it is made again when it is needed", CacheFileError)
 BLOCK, TAIL = "block", "tail"
@@ -280,7 +281,7 @@ def read_entry(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]
         raise CacheFileError(f"{path} is a symbolic link, entries of a store are files; {ENTRY_FILE.remedy}")
     tensors, header = ENTRY_FILE.read(path)
     if header.get("kind") != kind:
-        raise CacheFileError(f"{path} is a {header.get('kind')!r}, expected a {kind}; {ENTRY_FILE.remedy}")
+        raise CacheFileError(f"{path} is a {shown(header.get('kind'))}, expected a {kind}; {ENTRY_FILE.remedy}")
     return tensors, header
 
 
@@ -291,5 +292,5 @@ def read_seconds(header: dict[str, str]) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < 1e9:
-        raise CacheFileError(f"seconds is {header.get('seconds')!r}, expected a number")
+        raise CacheFileError(f"seconds is {shown(header.get('seconds'))}, expected a number")
     return seconds

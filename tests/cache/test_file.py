@@ -116,7 +116,7 @@ def test_another_model_dtype_or_preset_is_refused(engine: SpectralQuantEngine, l
     with pytest.raises(CacheFileError, match="another calibration, preset or quantizer"):
         SpectralCache.load(path, llama, ultra)
     half = tiny_model("llama").to(torch.bfloat16)
-    with pytest.raises(CacheFileError, match="in float32, here it is in bfloat16"):
+    with pytest.raises(CacheFileError, match="in 'float32', here it is in bfloat16"):
         SpectralCache.load(path, half, engine)
     other = tiny_model("llama", seed=1)
     second = SpectralQuantEngine()

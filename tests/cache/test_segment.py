@@ -6,7 +6,7 @@ import torch
 
 from spectralquant.backend import BackendChoice
 from spectralquant.cache.exact import EARLY
-from spectralquant.cache.segment import Segment, grown_units
+from spectralquant.cache.segment import Segment
 from spectralquant.codec.codec import LayerCodec, build_codec
 from spectralquant.codec.layout import UNIT
 from spectralquant.config import CacheConfig, Dials
@@ -298,11 +298,3 @@ def test_an_encoded_block_counts_when_it_is_stored(codec: LayerCodec) -> None:
     for name in ("exact_slots", "exact_keys", "lengths", "secondary"):
         assert torch.equal(getattr(early, name), getattr(late, name))
     assert torch.equal(early.records[:, :, :2], late.records[:, :, :2])
-
-
-@pytest.mark.parametrize(
-    ("have", "need", "ahead", "expected", "room"),
-    [(0, 1, 0, None, 1), (160, 161, 0, None, 180), (160, 161, 8, None, 180), (16, 17, 8, None, 25), (160, 161, 0, 165 * 128 + 5, 165), (160, 161, 0, 300, 161)],
-)
-def test_stores_grow_by_an_eighth_and_not_beyond_what_is_expected(have: int, need: int, ahead: int, expected: int | None, room: int) -> None:
-    assert grown_units(have, need, ahead, expected) == room
