@@ -151,7 +151,7 @@ def test_a_model_in_sixteen_bits(llama_calibration: Path, tmp_path: Path) -> Non
     loaded = engine.load_archived(archived(engine, model, archive, tmp_path / "a"), model, archive)
     assert loaded.coded_layers[0].segment.recent_keys.dtype == torch.bfloat16
     assert following(model, loaded).isfinite().all()
-    with pytest.raises(CacheFileError, match="in bfloat16, here it is in float32"):
+    with pytest.raises(CacheFileError, match="in 'bfloat16', here it is in float32"):
         engine.load_archived(tmp_path / "a", tiny_model("llama"), archive)
 
 

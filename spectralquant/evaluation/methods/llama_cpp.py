@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from spectralquant.cache.hf import coded_layer_indices, kv_size
+from spectralquant.cache.hf import kv_size
 from spectralquant.errors import ConfigError
 from spectralquant.evaluation.methods.base import Method, Subject
 from spectralquant.evaluation.methods.simulated import Rounding, Rule, simulated
@@ -74,7 +74,7 @@ def hadamard(size: int, device: torch.device) -> Tensor:
 
 def _cache_type(name: str, label: str, family: str, rule: Rule, bits: int, fits: Callable[[int], bool], expected: str) -> Method:
     def rules(subject: Subject) -> Callable[[int], Rule]:
-        _, dim = kv_size(subject.model.config, coded_layer_indices(subject.model)[0])
+        _, dim = kv_size(subject.model.config, 0)
         if not fits(dim):
             raise ConfigError(f"method {name!r}: the model's heads have size {dim}, expected {expected}; leave the method out")
         return lambda layer: rule

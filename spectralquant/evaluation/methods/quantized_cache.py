@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, QuantizedCache
 
-from spectralquant.cache.hf import coded_layer_indices, kv_size
+from spectralquant.cache.hf import kv_size
 from spectralquant.errors import ConfigError
 from spectralquant.evaluation.methods.base import Method, Prepared, Subject
 
@@ -53,7 +53,7 @@ class _PaddedHqq:
 
 def _prepare(subject: Subject, backend: str, bits: int) -> Prepared:
     name, model, package = f"{backend}-int{bits}", subject.model, PACKAGES[backend]
-    heads, dim = kv_size(model.config, coded_layer_indices(model)[0])
+    heads, dim = kv_size(model.config, 0)
     if heads * dim % GROUP:
         raise ConfigError(f"method {name!r}: the model has {heads} KV heads of size {dim}; expected a product that is a multiple of {GROUP}, the group size")
     try:
