@@ -1,9 +1,10 @@
-"""Random programs on a cache, checked against plain tensors after every step: the long form of tests/cache/test_machine.py.
+"""Random programs on a cache, checked after every step: the long form of tests/cache/test_machine.py and tests/generation/test_machine.py.
 
-    python benchmarks/state_machine.py --out FILE [--programs N] [--seed S] [--workers N]
+    python benchmarks/state_machine.py --out FILE [--of cache|generate] [--programs N] [--seed S] [--workers N]
 
-A program is up to --steps operations that users, transformers and `generate` do to a cache: tokens that come one by one or many at a time, crops, rows that
-move, copies, files, passes that run out of memory or are interrupted at some operation. FILE counts what was run, and holds the program that failed, if any.
+A program on a cache is up to --steps operations that users, transformers and `generate` do to it: tokens that come one by one or many at a time, crops, rows
+that move, copies, files, passes that run out of memory or are interrupted at some operation; what is held is compared with plain tensors. One of `generate`
+is turns on one cache and its copies, and every answer has to be the uncompressed model's. FILE counts what was run, and holds the program that failed.
 """
 
 import argparse
@@ -22,25 +23,38 @@ from typing import Any
 import torch
 from calibration import command_line
 from hypothesis import HealthCheck, Phase, seed, settings
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from spectralquant.files import write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from cache_machine import CacheMachine, counts
+import cache_machine
+import generate_machine
+from near_lossless import Pair
+from tiny_models import tiny_model
 
 AT_A_TIME = 100
 
 
-def run_programs(number: int, steps: int) -> tuple[Counter[str], str | None]:
+def machine_of(kind: str) -> tuple[type[RuleBasedStateMachine], Counter[str]]:
+    """The programs, and where they count."""
+    if kind == "cache":
+        return cache_machine.CacheMachine, cache_machine.counts
+    if not hasattr(generate_machine.GenerateMachine, "pair"):
+        generate_machine.GenerateMachine.pair = Pair.of(tiny_model())
+    return generate_machine.GenerateMachine, generate_machine.counts
+
+
+def run_programs(kind: str, number: int, steps: int) -> tuple[Counter[str], str | None]:
     """Programs of one seed: what was done, and the text of the error with the program that raised it, or None."""
     torch.set_num_threads(1)
+    machine, counts = machine_of(kind)
     before, failure = counts.copy(), None
     options = settings(
         max_examples=AT_A_TIME, stateful_step_count=steps, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
     )
     try:
-        run_state_machine_as_test(seed(number)(CacheMachine), settings=options)
+        run_state_machine_as_test(seed(number)(machine), settings=options)
     except Exception as error:
         failure = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
     return counts - before, failure
@@ -49,6 +63,7 @@ def run_programs(number: int, steps: int) -> tuple[Counter[str], str | None]:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--of", choices=("cache", "generate"), default="cache", help="what programs are made of (default: operations on a cache)")
     parser.add_argument("--programs", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--steps", type=int, default=15)
@@ -64,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     began, seeds, done = time.perf_counter(), itertools.count(args.seed), Counter[str]()
     with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
-        running = {pool.submit(run_programs, next(seeds), args.steps) for _ in range(args.workers)}
+        running = {pool.submit(run_programs, args.of, next(seeds), args.steps) for _ in range(args.workers)}
         while running:
             ended, running = wait(running, return_when=FIRST_COMPLETED)
             for one in ended:
@@ -72,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
                 done += more
                 document["failure"] = document["failure"] or failure
                 if done["programs"] < args.programs and document["failure"] is None:
-                    running.add(pool.submit(run_programs, next(seeds), args.steps))
+                    running.add(pool.submit(run_programs, args.of, next(seeds), args.steps))
             document |= {"seconds": round(time.perf_counter() - began, 1), "counts": dict(sorted(done.items()))}
             write_json(args.out, document)
             print(f"{done['programs']:,} programs, {done['checks']:,} checks, {document['seconds']:.0f} s", flush=True)

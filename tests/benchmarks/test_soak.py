@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from spectralquant.cache.hf import SpectralCache
 from spectralquant.cache.segment import Segment
 
 
@@ -22,14 +23,14 @@ def imported(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory and files are read from /proc")
 def test_soak_of_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = imported("soak", monkeypatch)
-    for name, value in {"PROMPT": 150, "NEW": 8, "TURNS": 2, "SAMPLED_PREFIXES": 2}.items():
+    for name, value in {"PROMPT": 150, "NEW": 8, "TURNS": 2, "SAMPLED_PREFIXES": 4}.items():
         monkeypatch.setattr(script, name, value)
     out, plot = tmp_path / "soak.json", tmp_path / "soak.svg"
-    script.main(["--model=tiny", "--batch=2", "--tokens=200", "--prefixes=20", f"--out={out}", f"--plot={plot}"])
+    script.main(["--model=tiny", "--batch=2", "--tokens=100", "--prefixes=12", f"--out={out}", f"--plot={plot}"])
     document = json.loads(out.read_text())
     samples = document["decoding"]["samples"]
-    assert samples[-1]["done"] >= 200 and {s["kind"] for s in samples} == {"fresh", "growing", "prefixes", "copies", "failing"}
-    assert document["store"]["hits"] >= 10 and document["store"]["evicted"] > 0 and document["store"]["largest_bytes"] <= document["store"]["max_bytes"]
+    assert samples[-1]["done"] >= 100 and {s["kind"] for s in samples} == {"fresh", "growing", "prefixes", "copies", "failing"}
+    assert document["store"]["hits"] >= 3 and document["store"]["evicted"] > 0 and document["store"]["largest_bytes"] <= document["store"]["max_bytes"]
     assert "<svg" in plot.read_text()
 
 
@@ -52,9 +53,21 @@ def test_random_programs_find_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
     """Were a crop to leave exact tokens of later slots, for instance."""
     script = imported("state_machine", monkeypatch)
     monkeypatch.setattr(script, "AT_A_TIME", 3)
-    done, failure = script.run_programs(1, 6)
+    done, failure = script.run_programs("cache", 1, 6)
     assert failure is None and done["programs"] >= 3 and done["checks"] > 3
     monkeypatch.setattr(script, "AT_A_TIME", 60)
     monkeypatch.setattr(Segment, "_settle", Segment.write_lengths)
-    _, failure = script.run_programs(1, 12)
+    _, failure = script.run_programs("cache", 1, 12)
     assert failure is not None and failure.startswith(("AssertionError", "CacheFileError")) and "state.begin(" in failure
+
+
+def test_random_programs_of_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They notice a call that leaves a cache longer than its text, for instance."""
+    script = imported("state_machine", monkeypatch)
+    monkeypatch.setattr(script, "AT_A_TIME", 2)
+    done, failure = script.run_programs("generate", 1, 5)
+    assert failure is None and done["programs"] >= 2 and done["turn"] > 0
+    monkeypatch.setattr(script, "AT_A_TIME", 20)
+    monkeypatch.setattr(SpectralCache, "roll_back", lambda cache, length: None)
+    _, failure = script.run_programs("generate", 1, 10)
+    assert failure is not None and "AssertionError" in failure and "state.begin(" in failure
