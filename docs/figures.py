@@ -234,7 +234,7 @@ MEANINGS = {
     "backend": "PyTorch or CUDA, and why",
     "config": "validated settings",
     "presets": "names for promises",
-    "byte_counts": "12GB",
+    "byte_counts": "sizes in words",
     "kernels": "CUDA sources, compiled at first use",
     "compat": "what differs between releases of transformers",
     "requirements": "which releases",
