@@ -51,7 +51,7 @@ queries with keys that their attention modules take.
 Some releases fail with any cache, so with this one too: assisted decoding and prompt lookup where a model has sliding windows (before 5.15), an assistant with
 sliding windows (5.16 and 5.17), `prefill_chunk_size` behind sliding windows (5.0 to 5.2: wrong logits without a word). `tests/generation` skips these by name.
 Assisted decoding that goes on from a cache is wrong without a word in newer ones, 5.24 among them; here it reads the whole text anew instead, and says so.
-`prefill_chunk_size` on a cache with tokens is wrong without a word before 5.23; here what comes behind the cache is read at once instead, and a warning says so.
+`prefill_chunk_size` on a cache with tokens is wrong without a word before 5.23; here what comes behind the cache is read at once, with a warning.
 """
 
 

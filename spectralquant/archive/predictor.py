@@ -27,10 +27,12 @@ from spectralquant.errors import CacheFileError, CalibrationError, ShapeError
 from spectralquant.profile import NORM_FLOOR, Profile, SideProfile, differences
 from spectralquant.rope import Rotary
 from spectralquant.tensor_file import FileKind, update_digest, with_suffix
-from spectralquant.untrusted import parse_json
+from spectralquant.untrusted import listed, members, parse_json, whole
 
 OCTAVE = 8
 """Steps of a quantizer's step, and of the spread of a coordinate, to a factor of two."""
+MAX_STEP = 64 * OCTAVE
+"""Of a quantizer's step in a file, either way."""
 SKIPPED = 8
 """First positions of a text that the statistics leave out: attention sinks."""
 SINK = 0.06
@@ -171,14 +173,15 @@ def load_archive(path: str | os.PathLike[str], profile: Profile) -> ArchiveModel
     target = with_suffix(path)
     tensors, header = _FILE.read(target)
     try:
-        depth, steps, model = int(header["depth"]), parse_json(header["steps"], "steps"), parse_json(header["model"], "model")
+        depth, steps, model = int(header["depth"]), members(parse_json(header["steps"], "steps"), "steps"), parse_json(header["model"], "model")
         if depth < 1 or differences(model, profile.model):
             raise CacheFileError(f"{target} was fitted for another model than the calibration; fit it again")
         layers: dict[int, LayerArchive] = {}
         for place, (i, layer) in enumerate(profile.layers.items()):
             known = 1 + 2 * min(place, depth) * layer.heads * layer.head_dim
             names = [(f"layers.{i}.{name}", getattr(layer, name)) for name in ("key", "value")]
-            key, value = (_read_side(target, tensors, name, side, known, int(step)) for (name, side), step in zip(names, steps[str(i)], strict=True))
+            own = [whole(step, f"a step of layer {i}", -MAX_STEP, MAX_STEP) for step in listed(steps[str(i)], f"steps of layer {i}")]
+            key, value = (_read_side(target, tensors, name, side, known, step) for (name, side), step in zip(names, own, strict=True))
             layers[i] = LayerArchive(key, value, layer.rotary, layer.value_norm)
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         if isinstance(error, CacheFileError):
@@ -196,8 +199,8 @@ def _read_side(path: Path, tensors: dict[str, Tensor], name: str, side: SideProf
             raise CacheFileError(f"{path}: {name}.{part} has shape {tuple(got.shape)}, expected {want}; fit it again")
     if not {predictor.dtype, basis.dtype} <= _FLOATS or level.dtype not in _INTEGERS:
         raise CacheFileError(f"{path}: {name} is of {predictor.dtype}, {basis.dtype} and {level.dtype}, expected floats, floats and integers; fit it again")
-    if abs(step) > 64 * OCTAVE or not (predictor.isfinite().all() and basis.isfinite().all()):
-        raise CacheFileError(f"{path}: {name} holds numbers that are out of range; fit it again")
+    if not (predictor.isfinite().all() and basis.isfinite().all()):
+        raise CacheFileError(f"{path}: {name} holds numbers that are not finite; fit it again")
     return SideArchive(side.mean, *_roots(side), predictor.float(), basis.float(), level.long(), step)
 
 

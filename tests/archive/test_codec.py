@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import synthetic
 import torch
+from damaged_files import rewrite
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -188,6 +189,19 @@ def test_the_file_of_a_model(tmp_path: Path) -> None:
         load_archive(path, wide)
     with pytest.raises(CacheFileError, match="incomplete"):
         load_archive(path, replace(profile(), layers={**profile().layers, 7: profile().layers[2]}))
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("steps", f'{{"{LAYERS[0]}": {steps}}}') for steps in ("[1e999, 1]", "[1, 9999]", "[1]", '["1", 1]', "[NaN, 1]", "1", "null")]
+    + [("steps", "[]"), ("steps", "1"), ("model", "[]"), ("depth", "0"), ("depth", "inf")],
+    ids=str,
+)
+def test_forged_headers_of_models_are_refused(tmp_path: Path, entry: str, value: str) -> None:
+    path = MODEL.save(tmp_path / "a")
+    rewrite(path, lambda tensors, header: header.update({entry: value}))
+    with pytest.raises(CacheFileError, match="fit it again"):
+        load_archive(path, profile())
 
 
 def test_moments_refuse_what_they_can_not_take() -> None:
