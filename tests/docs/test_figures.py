@@ -258,7 +258,7 @@ def test_table_of_archives_of_three_models() -> None:
 
 def test_table_of_loading_prefixes() -> None:
     ((_, table),) = tables("docs/prefixes.md", "model | tokens | recompute")
-    names = ("prefix-smollm2-joint", "prefix-smollm2-h200", "prefix-qwen-h200", "prefix-qwen-h200")
+    names = ("prefix-smollm2-cpu", "prefix-smollm2-cpu", "prefix-smollm2-h200", "prefix-qwen-h200", "prefix-qwen-h200")
     assert len(table) == 2 + len(names)
     timed = ("file_first_token_s", "store_first_token_s", "file_save_s", "store_save_s")
     for name, (_, tokens, *cells) in zip(names, table[2:], strict=True):
