@@ -17,6 +17,8 @@ from spectralquant.compat import UNCROPPABLE
 
 LONGEST = 900
 WAYS = st.sampled_from([{}, {}, {"prompt_lookup_num_tokens": 4}, {"prefill_chunk_size": 90}])
+SLACK = 4
+"""Two logits err, and among a hundred thousand choices there are some where both do by more than usual."""
 counts: Counter[str] = Counter()
 
 
@@ -53,7 +55,7 @@ class GenerateMachine(RuleBasedStateMachine):
         out = self.pair.generate(asked, self.cache, max_new_tokens=new, **way)
         beyond = out.shape[1] - asked.shape[1] - new  # some releases take all candidates that were right, with any cache
         assert torch.equal(out[:, : asked.shape[1]], asked) and 0 <= beyond <= way.get("prompt_lookup_num_tokens", 0)
-        self.pair.require_greedy(out, asked.shape[1])
+        self.pair.require_greedy(out, asked.shape[1], slack=SLACK)
         self.say(out)
 
     @precondition(lambda self: self.cache.get_seq_length())
