@@ -17,7 +17,7 @@ from spectralquant.compat import UNCROPPABLE
 
 LONGEST = 900
 WAYS = st.sampled_from([{}, {}, {"prompt_lookup_num_tokens": 4}, {"prefill_chunk_size": 90}])
-SLACK = 4
+SLACK = 3
 """Two logits err, and among a hundred thousand choices there are some where both do by more than usual."""
 counts: Counter[str] = Counter()
 
@@ -46,13 +46,17 @@ class GenerateMachine(RuleBasedStateMachine):
     def say(self, text: Tensor) -> None:
         self.held[self.at] = (self.cache, text)
 
+    def ask(self, asked: Tensor, new: int, way: dict[str, int]) -> Tensor:
+        """With a mask: left out, transformers hides tokens that are equal to the padding, and answers may hold some."""
+        return self.pair.generate(asked, self.cache, max_new_tokens=new, attention_mask=torch.ones_like(asked), **way)
+
     @precondition(lambda self: self.text.shape[1] < LONGEST)
     @rule(question=st.one_of(st.integers(1, 8), st.integers(1, 300)), new=st.integers(1, 20), way=WAYS)
     def turn(self, question: int, new: int, way: dict[str, int]) -> None:
         counts["turn"] += 1
         asked = torch.cat([self.text, tokens(question, self.rows)], 1)
         way = {} if self.rows > 1 and "prompt_lookup_num_tokens" in way else way
-        out = self.pair.generate(asked, self.cache, max_new_tokens=new, **way)
+        out = self.ask(asked, new, way)
         beyond = out.shape[1] - asked.shape[1] - new  # some releases take all candidates that were right, with any cache
         assert torch.equal(out[:, : asked.shape[1]], asked) and 0 <= beyond <= way.get("prompt_lookup_num_tokens", 0)
         self.pair.require_greedy(out, asked.shape[1], slack=SLACK)
@@ -95,7 +99,7 @@ class GenerateMachine(RuleBasedStateMachine):
         asked = torch.cat([self.text, tokens(question, self.rows)], 1)
         try:
             with FailingOperations(n, error):
-                self.say(self.pair.generate(asked, self.cache, max_new_tokens=6))
+                self.say(self.ask(asked, 6, {}))
         except error:
             counts["failed"] += 1
 
