@@ -73,9 +73,9 @@ class Pair:
         mask = torch.cat([mask, mask.new_ones(len(mask), sequences.shape[1] - width)], 1)
         return self.model(sequences, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits[:, width - 1 : -1]
 
-    def require_greedy(self, sequences: Tensor, width: int, mask: Tensor | None = None, slack: float = 2) -> None:
-        """Every token from `width` on is what the uncompressed model chooses after the ones before, or as good within what the codes cost, times `slack`."""
+    def require_greedy(self, sequences: Tensor, width: int, mask: Tensor | None = None) -> None:
+        """Every token from `width` on is what the uncompressed model chooses after the ones before, or as good within what the codes cost."""
         logits = self.logits(sequences, width, mask)
         behind = logits.amax(-1) - logits.gather(-1, sequences[:, width:, None])[..., 0]
-        within = slack * NEAR * logits.square().mean(-1).sqrt()
+        within = 2 * NEAR * logits.square().mean(-1).sqrt()
         assert (behind <= within).all(), f"{behind.max():.3f} behind the best"
