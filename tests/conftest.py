@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from tiny_models import TinyTokenizer, save_tiny_model, tiny_model
 from transformers import PreTrainedModel
 
 from spectralquant import SpectralQuantEngine, calibration_cache
 from spectralquant.corpus import get_default_calibration_texts
 
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # threads of several workers would wait for each other
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # threads of several workers would wait for each other, and those of processes that tests start
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -96,8 +98,13 @@ def smollm2() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="session")
 def smollm2_calibration(smollm2: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibration of SmolLM2 with a third of the bundled corpus: a test's worth of quality."""
+    """A calibration of SmolLM2 with a third of the bundled corpus: a test's worth of quality. Workers share it."""
     model, tokenizer = smollm2
-    engine = SpectralQuantEngine()
-    engine.calibrate(model, tokenizer, get_default_calibration_texts(12), progress=False)
-    return engine.save_calibration(tmp_path_factory.mktemp("calibration") / "smollm2")
+    base = tmp_path_factory.getbasetemp()
+    file = (base.parent if workers else base) / "smollm2.safetensors"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            engine = SpectralQuantEngine()
+            engine.calibrate(model, tokenizer, get_default_calibration_texts(12), progress=False)
+            engine.save_calibration(file)
+    return file

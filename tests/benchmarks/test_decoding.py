@@ -24,6 +24,12 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
+@pytest.fixture
+def report(script: Any) -> Any:
+    sys.modules.pop("decoding_report", None)
+    return importlib.import_module("decoding_report")
+
+
 def run(script: Any, tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
     out = tmp_path / "decoding.json"
     script.main(["--shape=tiny", "--context=400", "--batch=1", "--batch=2", "--long=700", "--peak-batch=2", f"--out={out}", *arguments])
@@ -32,7 +38,7 @@ def run(script: Any, tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
     return document["rows"]
 
 
-def test_every_cache_and_suite_is_measured(script: Any, tmp_path: Path) -> None:
+def test_every_cache_and_suite_is_measured_and_shown(script: Any, report: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = [f"--kind={kind}" for kind in ("dynamic", "static, compiled", "packed", "packed, no graph")]
     rows = run(script, tmp_path, *kinds, "--memory=0.0008")
     cases = {(r["suite"], r["cache"], r.get("context"), r.get("batch")) for r in rows}
@@ -45,6 +51,11 @@ def test_every_cache_and_suite_is_measured(script: Any, tmp_path: Path) -> None:
     assert batch.keys() == {"dynamic", "static, compiled", "packed", "packed, no graph"} and min(batch.values()) > 0
     (peak,) = (r for r in rows if r["suite"] == "peak" and r["cache"] == "packed")
     assert peak["planned_bytes"] > 0
+    report.main([str(tmp_path / "decoding.json"), f"--images={tmp_path / 'new'}"])
+    text = capsys.readouterr().out
+    assert all(f"### {suite}" in text for suite in script.SUITES)
+    assert "| 400 | 1 | DynamicCache, FP16 |" in text and "| 700 | 2 | 10 | spectralquant |" in text
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"decoding-contexts.png", "decoding-batches.png"}
 
 
 def test_a_filled_cache_holds_what_was_asked_for(script: Any) -> None:
@@ -97,21 +108,6 @@ def test_numbers_are_checked(script: Any, tmp_path: Path) -> None:
 def test_the_folder_of_results_is_checked_first(script: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no folder"):
         script.main(["--shape=tiny", f"--out={tmp_path / 'missing' / 'x.json'}"])
-
-
-@pytest.fixture
-def report(script: Any) -> Any:
-    sys.modules.pop("decoding_report", None)
-    return importlib.import_module("decoding_report")
-
-
-def test_results_become_tables_and_pictures(script: Any, report: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(script, tmp_path, "--kind=dynamic", "--kind=packed", "--memory=0.0008")
-    report.main([str(tmp_path / "decoding.json"), f"--images={tmp_path / 'new'}"])
-    text = capsys.readouterr().out
-    assert all(f"### {suite}" in text for suite in script.SUITES)
-    assert "| 400 | 1 | DynamicCache, FP16 |" in text and "| 700 | 2 | 10 | spectralquant |" in text
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"decoding-contexts.png", "decoding-batches.png"}
 
 
 def test_results_that_are_shown_are_read(report: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
