@@ -265,3 +265,11 @@ def test_table_of_loading_prefixes() -> None:
         row = next(row for row in result(name)["rows"] if f"{row['tokens']:,}" == tokens)
         seconds = [f"{row['recompute_s']:.3g} s", *(f"{row[key]:.2g} s" for key in timed)]
         assert cells == [*seconds, *(f"{row[key] / 1e6:.1f} MB" for key in ("file_bytes", "store_bytes", "fp16_bytes"))]
+
+
+def test_random_programs() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    cache, generate = result("state-machine-cpu"), result("state-machine-generate-cpu")
+    assert cache["failure"] is None and generate["failure"] is None
+    assert "{programs:,} programs with {checks:,} checks".format(**cache["counts"]) in text
+    assert "{programs:,} programs with {turn:,} turns and {failed:,} calls that failed".format(**generate["counts"]) in text
