@@ -3,6 +3,8 @@
 import importlib
 import json
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +51,31 @@ def test_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert script.slopes(samples[:2]) == {}
 
 
-def test_random_programs_find_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were a crop to leave exact tokens of later slots, for instance."""
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Counter[str], str | None]]:
+    """`run_programs` with so many at a time."""
     script = imported("state_machine", monkeypatch)
-    monkeypatch.setattr(script, "AT_A_TIME", 3)
-    done, failure = script.run_programs("cache", 1, 6)
+
+    def run(kind: str, at_a_time: int, steps: int) -> tuple[Counter[str], str | None]:
+        monkeypatch.setattr(script, "AT_A_TIME", at_a_time)
+        return script.run_programs(kind, 1, steps)
+
+    return run
+
+
+def test_random_programs_find_what_is_wrong(programs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were a crop to leave exact tokens of later slots, for instance."""
+    done, failure = programs("cache", 3, 6)
     assert failure is None and done["programs"] >= 3 and done["checks"] > 3
-    monkeypatch.setattr(script, "AT_A_TIME", 60)
     monkeypatch.setattr(Segment, "_settle", Segment.write_lengths)
-    _, failure = script.run_programs("cache", 1, 12)
+    _, failure = programs("cache", 60, 12)
     assert failure is not None and failure.startswith(("AssertionError", "CacheFileError")) and "state.begin(" in failure
 
 
-def test_random_programs_of_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_programs_of_generate(programs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """They notice a call that leaves a cache longer than its text, for instance."""
-    script = imported("state_machine", monkeypatch)
-    monkeypatch.setattr(script, "AT_A_TIME", 2)
-    done, failure = script.run_programs("generate", 1, 5)
+    done, failure = programs("generate", 2, 5)
     assert failure is None and done["programs"] >= 2 and done["turn"] > 0
-    monkeypatch.setattr(script, "AT_A_TIME", 20)
     monkeypatch.setattr(SpectralCache, "roll_back", lambda cache, length: None)
-    _, failure = script.run_programs("generate", 1, 10)
+    _, failure = programs("generate", 20, 10)
     assert failure is not None and "AssertionError" in failure and "state.begin(" in failure

@@ -89,6 +89,17 @@ def test_state_between_turns(pair: Pair, how: str, tmp_path: Path) -> None:
     assert torch.equal(pair.forward(more, kept), want)
 
 
+def require_turns(pair: Pair, options: dict[str, Any]) -> None:
+    """Three turns on one cache: each answer is the model's own, and the cache holds the text but its last token."""
+    cache, text = pair.cache(), tokens(200)
+    for question in (0, 90, 120):
+        text = torch.cat([text, tokens(question)], 1)
+        width = text.shape[1]
+        text = pair.generate(text, cache, **options)
+        pair.require_greedy(text, width)
+        assert cache.get_seq_length() == text.shape[1] - 1
+
+
 @pytest.mark.parametrize("how", ["prompt lookup", "assistant", "configuration"])
 def test_assisted_turns(llama_pair: Pair, how: str, caplog: pytest.LogCaptureFixture) -> None:
     """Releases that put the whole text behind the cache's first answer gave other tokens than the model, and a cache with more tokens than the text."""
@@ -97,13 +108,7 @@ def test_assisted_turns(llama_pair: Pair, how: str, caplog: pytest.LogCaptureFix
         "assistant": {"assistant_model": tiny_model("llama", seed=3)},
         "configuration": {"generation_config": GenerationConfig(prompt_lookup_num_tokens=4)},
     }[how]
-    cache, text = llama_pair.cache(), tokens(200)
-    for question in (0, 90, 120):
-        text = torch.cat([text, tokens(question)], 1)
-        width = text.shape[1]
-        text = llama_pair.generate(text, cache, **options)
-        llama_pair.require_greedy(text, width)
-        assert cache.get_seq_length() == text.shape[1] - 1
+    require_turns(llama_pair, options)
     assert ("read anew" in caplog.text) == ASSISTED_READS_ALL
 
 
@@ -112,13 +117,7 @@ def test_assisted_turns(llama_pair: Pair, how: str, caplog: pytest.LogCaptureFix
 )
 def test_turns_in_pieces(llama_pair: Pair, options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     """Releases that begin the pieces with the text that the cache holds gave other tokens than the model."""
-    cache, text = llama_pair.cache(), tokens(200)
-    for question in (0, 90, 120):
-        text = torch.cat([text, tokens(question)], 1)
-        width = text.shape[1]
-        text = llama_pair.generate(text, cache, **options)
-        llama_pair.require_greedy(text, width)
-        assert cache.get_seq_length() == text.shape[1] - 1
+    require_turns(llama_pair, options)
     assert ("read at once" in caplog.text) == PIECES_READ_ALL
 
 
