@@ -19,16 +19,14 @@ def sequences_each(model: Any, generation: dict[str, Any]) -> int:
 
 def is_assisted(model: Any, generation: dict[str, Any]) -> bool:
     """Whether candidates come from a smaller model, from the text itself, or from the model's first layers."""
-    configs = (generation, vars(generation.get("generation_config") or model.generation_config), vars(model.generation_config))
-    return any(config.get(name) for config in configs for name in _ASSISTED)
+    return any(config.get(name) for config in _configurations(model, generation) for name in _ASSISTED)
 
 
 def prefill_piece(model: Any, generation: dict[str, Any]) -> int | None:
     """Tokens of a prompt that go through the model at a time; None: all."""
     if "prefill_chunk_size" in generation:
         return generation["prefill_chunk_size"]
-    configs = (vars(generation.get("generation_config") or model.generation_config), vars(model.generation_config))
-    return next((config["prefill_chunk_size"] for config in configs if config.get("prefill_chunk_size")), None)
+    return next((config["prefill_chunk_size"] for config in _configurations(model, generation) if config.get("prefill_chunk_size")), None)
 
 
 def finishing_tokens(model: Any, generation: dict[str, Any]) -> tuple[int, ...]:
@@ -44,12 +42,17 @@ def finishing_tokens(model: Any, generation: dict[str, Any]) -> tuple[int, ...]:
 
 def last_length(model: Any, generation: dict[str, Any], prompt: int) -> int | None:
     """Tokens that a row has at most when generation ends; None where no option says."""
-    for config in (generation, vars(generation.get("generation_config") or model.generation_config)):
+    for config in _configurations(model, generation)[:2]:
         if config.get("max_new_tokens"):
             return prompt + int(config["max_new_tokens"])
         if config.get("max_length"):
             return int(config["max_length"])
     return None
+
+
+def _configurations(model: Any, generation: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Where an option is looked for, in this order."""
+    return generation, vars(generation.get("generation_config") or model.generation_config), vars(model.generation_config)
 
 
 def _number(model: Any, generation: dict[str, Any], name: str) -> int:
